@@ -1,0 +1,36 @@
+"""thermoe: Mixture-of-Experts language models that route by the joule.
+
+Public names are imported when first used, so that `import thermoe` is quick and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "MoELayer": "thermoe.moe.layer",
+    "MoEBlock": "thermoe.moe.layer",
+    "MoEGPT2Config": "thermoe.models.gpt2",
+    "MoEGPT2LMHeadModel": "thermoe.models.gpt2",
+    "convert_to_moe": "thermoe.models.convert",
+    "set_router": "thermoe.routers.swap",
+    "collect_routing": "thermoe.moe.layer",
+    "RouterAdapter": "thermoe.adapt.test_time",
+    "EnergyMeter": "thermoe.telemetry.meter",
+    "CostModel": "thermoe.energy.cost_model",
+    "routing_accuracy": "thermoe.evaluation",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'thermoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m thermoe`."""
+
+from thermoe.cli import main
+
+main()
