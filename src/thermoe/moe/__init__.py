@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts layer: experts, dispatch, losses and statistics. Nothing here knows about energy."""

@@ -1,0 +1,67 @@
+"""Every figure of a report, drawn for light and dark pages; a figure without data is left out."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from thermoe.report.charts import draw_accuracy, draw_front, draw_loads, draw_perplexity
+from thermoe.report.curves import draw_stream, draw_training
+from thermoe.report.run_data import RunData
+from thermoe.report.style import DARK, DOTS_PER_INCH, LIGHT, Theme
+
+Draw = Callable[[RunData, Theme], Figure | None]
+#: Name of the file, what to draw, and whether readings of energy can have had a part in what it shows.
+FIGURES: tuple[tuple[str, Draw, bool], ...] = (
+    ("stream", draw_stream, True),
+    ("perplexity", draw_perplexity, True),
+    ("front", draw_front, True),
+    ("loads", draw_loads, True),
+    ("accuracy", draw_accuracy, True),
+    ("training", draw_training, False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedFigure:
+    """A figure as PNG in both schemes, with its size in pixels."""
+
+    name: str
+    light: bytes
+    dark: bytes
+    width: int
+    height: int
+
+
+def _png(figure: Figure, stamp: str, theme: Theme) -> bytes:
+    if stamp:
+        figure.suptitle(stamp, x=0.99, ha="right", fontsize=10, color=theme.quiet, style="italic")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a title may hold a sign the font lacks; a box is then drawn
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    return buffer.getvalue()
+
+
+def render_figures(data: RunData) -> list[RenderedFigure]:
+    """Draw every figure the run has data for, in both schemes."""
+    rendered = []
+    words = " and ".join(data.artificial_sources)
+    for name, draw, carries_readings in FIGURES:
+        stamp = f"{words} energy readings" if words and carries_readings else ""
+        images = []
+        for theme in (LIGHT, DARK):
+            with matplotlib.rc_context(theme.rc()):
+                figure = draw(data, theme)
+                images.append(_png(figure, stamp, theme) if figure is not None else b"")
+        if figure is not None:
+            width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
+            rendered.append(RenderedFigure(name, images[0], images[1], width, height))
+    return rendered

@@ -1,0 +1,285 @@
+"""One HTML file a run: self-contained, without scripts, made from the run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from thermoe.report.figures import RenderedFigure, render_figures
+from thermoe.report.findings import may_conclude, may_not_conclude, sources_of
+from thermoe.report.run_data import RunData, entry, number, section
+from thermoe.report.wording import (
+    NOT_MEASURED,
+    Cell,
+    count,
+    difference,
+    duration,
+    energy_cell,
+    plain,
+    provenance_badge,
+    reading_of,
+    router_cell,
+    scaled_count,
+    with_interval,
+)
+
+
+def build_report(run_path: str | Path) -> Path:
+    """Write ``plots/*.png`` and ``report.html`` into the run folder and return the path of the report.
+
+    Raises:
+        RunFolderError: the folder holds no run, or its files are not as thermoe wrote them.
+    """
+    data = RunData.read(run_path)
+    figures = render_figures(data)
+    plots = data.path / "plots"
+    plots.mkdir(exist_ok=True)
+    for figure in figures:
+        (plots / f"{figure.name}.png").write_bytes(figure.light)
+    path = data.path / "report.html"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render_html(data, figures), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def render_html(data: RunData, figures: list[RenderedFigure]) -> str:
+    """Return the report as HTML; every value goes through the template's escaping."""
+    environment = Environment(
+        loader=PackageLoader("thermoe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        run=data.path.resolve().name,
+        finished=data.finished,
+        artificial=" and ".join(data.artificial_sources),
+        facts=_facts(data),
+        verdicts=_verdicts(data),
+        arms=_arms_table(data),
+        arm_texts=data.arms,
+        has_summaries=bool(data.summaries),
+        modelled_badge=provenance_badge(data.modelled_label()),
+        segments=[segment.name for segment in data.segments],
+        perplexities=_perplexity_table(data),
+        comparisons=_comparisons(data),
+        accuracies=_accuracy_table(data),
+        diversity=_diversity_table(data),
+        figures={figure.name: _embedded(figure) for figure in figures},
+        seeds=data.seeds,
+        unigram=_known(plain, data.manifest.get("unigram_ppl")),
+        source_groups=sources_of(data).groups,
+        cost_terms=_cost_terms(data),
+        conclusions=may_conclude(data),
+        limits=may_not_conclude(data),
+        environment=_flat(section(data.manifest, "environment")),
+        config=_flat(section(data.manifest, "config")),
+        durations=_durations(data),
+        command=_command(data),
+    )
+
+
+def _embedded(figure: RenderedFigure) -> dict[str, Any]:
+    def uri(image: bytes) -> str:
+        return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+
+    return {"light": uri(figure.light), "dark": uri(figure.dark), "width": figure.width, "height": figure.height}
+
+
+def _known(state: Any, value: Any) -> str:
+    """State a value with ``state``, or return an empty text, so that the template can leave the sentence out."""
+    return str(state(value)) if number(value) is not None else ""
+
+
+def _facts(data: RunData) -> list[tuple[str, str]]:
+    manifest = data.manifest
+    facts: list[tuple[str, str]] = []
+    for key, title in (("dense", "Dense model"), ("moe", "MoE model")):
+        total, active = (number(entry(manifest, "sizes", key, part)) for part in ("parameters", "active_parameters"))
+        if total is not None:
+            used = f", {scaled_count(active)} active per token" if active is not None and active != total else ""
+            facts.append((title, f"{scaled_count(total)} parameters{used}"))
+    moe = section(manifest, "moe")
+    experts, top_k = number(moe.get("num_experts")), number(moe.get("top_k"))
+    if experts is not None:
+        layers = moe.get("layers")
+        layer_count = len(layers) if isinstance(layers, (list, tuple)) else number(layers)
+        parts = [
+            f"{count(layer_count)} MoE layers" if layer_count is not None else "",
+            f"{count(experts)} experts a layer",
+        ]
+        parts.append(f"{count(top_k)} chosen per token" if top_k is not None else "")
+        parts.append(f"made by {moe['method']}" if moe.get("method") else "")
+        facts.append(("Experts", ", ".join(part for part in parts if part)))
+    difference_found = number(entry(manifest, "exactness", "max_abs_diff"))
+    if difference_found is not None:
+        divergence = number(entry(manifest, "exactness", "logit_kl"))
+        more = f", divergence {plain(divergence, 2)} nats" if divergence is not None else ""
+        facts.append(
+            ("Conversion check", f"logits differ from the dense model's by at most {plain(difference_found, 2)}{more}")
+        )
+    for domain, item in section(manifest, "data").items():
+        tokens, size = number(entry(item, "tokens")), number(entry(item, "bytes"))
+        parts = [str(entry(item, "source") or ""), f"{count(tokens)} tokens" if tokens is not None else ""]
+        parts.append(f"{count(size)} bytes" if size is not None else "")
+        facts.append((f"Text: {domain}", ", ".join(part for part in parts if part) or NOT_MEASURED))
+    vocabulary = number(entry(manifest, "tokenizer", "vocab_size"))
+    if vocabulary is not None:
+        facts.append(
+            ("Tokenizer", f"{entry(manifest, 'tokenizer', 'kind') or 'kind not recorded'}, {count(vocabulary)} tokens")
+        )
+    price = number(entry(manifest, "price", "value_nats_per_j"))
+    if price is not None:
+        target = entry(manifest, "price", "target")
+        aim = f", target: {plain(target) if number(target) is not None else target}" if target is not None else ""
+        facts.append(("Price of energy", f"{plain(price)} nats per joule{aim}"))
+    device, reason = entry(manifest, "device", "name"), entry(manifest, "device", "reason")
+    if device:
+        facts.append(("Device", f"{device} ({reason})" if reason else str(device)))
+    if manifest.get("created_at"):
+        facts.append(("Started", str(manifest["created_at"])))
+    return facts
+
+
+def _verdicts(data: RunData) -> list[dict[str, str]]:
+    words: dict[Any, tuple[str, str]] = {True: ("holds", "holds"), False: ("fails", "does not hold")}
+    verdicts = []
+    for row in data.of("verdict"):
+        if row.get("text"):
+            kind, label = words.get(row.get("holds"), ("open", "not decided"))
+            verdicts.append({"text": str(row["text"]), "kind": kind, "label": label})
+    return verdicts
+
+
+def _arms_table(data: RunData) -> list[dict[str, Any]]:
+    table = []
+    for arm in data.arms:
+        row = data.summaries.get(arm.name)
+        table.append(
+            {
+                "arm": arm,
+                "perplexity": with_interval(entry(row, "ppl", "all")),
+                "modelled": energy_cell(data, arm, "j_per_token_modelled"),
+                "telemetry": energy_cell(data, arm, "j_per_token_measured"),
+                "experts": router_cell(arm, entry(row, "experts_per_token")),
+                "distinct": router_cell(arm, entry(row, "distinct_experts")),
+                "effective": router_cell(arm, entry(row, "effective_experts")),
+                "accuracy": router_cell(arm, entry(row, "accuracy_corrected", "all"), 2),
+                "speed": Cell(plain(entry(row, "tokens_per_s"))),
+            }
+        )
+    return table
+
+
+def _perplexity_table(data: RunData) -> list[dict[str, Any]]:
+    table = []
+    for arm in data.arms:
+        row = data.summaries.get(arm.name)
+        if row is not None:
+            cells = []
+            for segment in data.segments:
+                cell = with_interval(entry(row, "ppl", segment.name))
+                bits = number(entry(row, "bits_per_byte", segment.name))
+                extra = f"{plain(bits)} bits per byte" if bits is not None else "bits per byte not measured"
+                cells.append({"cell": cell, "bits": extra})
+            table.append({"title": arm.title, "cells": cells})
+    return table
+
+
+def _comparisons(data: RunData) -> list[dict[str, Any]]:
+    return [
+        {
+            "arm": data.title_of(row.get("arm")),
+            "against": data.title_of(row.get("against")),
+            "segment": "whole stream" if row.get("segment") in (None, "all") else str(row["segment"]),
+            "cell": difference(row),
+            "reading": reading_of(row),
+            "sample": f"{count(row.get('n'))} {row.get('unit') or 'pairs'}"
+            if number(row.get("n")) is not None
+            else NOT_MEASURED,
+        }
+        for row in data.of("comparison")
+        if row.get("arm") and row.get("against")
+    ]
+
+
+def _accuracy_table(data: RunData) -> list[dict[str, str]]:
+    columns = ("tolerant_corrected", "tolerant", "tolerant_chance", "overlap_corrected", "overlap", "regret")
+    return [
+        {"title": data.title_of(arm), **{column: plain(data.accuracy(arm, column), 2) for column in columns}}
+        for arm in data.accuracy_arms
+    ]
+
+
+def _diversity_table(data: RunData) -> list[dict[str, str]]:
+    """Per arm, the layer and segment where each figure is worst: a mean hides one collapsed layer."""
+    worst = (
+        ("effective_experts", min),
+        ("max_vio", max),
+        ("gini", max),
+        ("dead_experts", max),
+        ("token_entropy", min),
+        ("mutual_information", min),
+    )
+    table = []
+    for arm in data.arms:
+        rows = data.of("load", arm=arm.name)
+        if rows:
+            line = {"title": arm.title}
+            for column, pick in worst:
+                values = [value for row in rows if (value := number(row.get(column))) is not None]
+                line[column] = plain(pick(values)) if values else NOT_MEASURED
+            table.append(line)
+    return table
+
+
+def _cost_terms(data: RunData) -> list[tuple[str, str]]:
+    return [
+        (str(name).replace("_", " "), f"{plain(entry(term, 'value'))} {entry(term, 'unit') or ''}".strip())
+        for name, term in section(data.manifest, "cost_model", "terms").items()
+    ]
+
+
+def _flat(source: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """List nested entries as (dotted key, text); a setting that is not set is left out."""
+    found: list[tuple[str, str]] = []
+    for key, value in source.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found.extend(_flat(value, f"{name}."))
+        elif value is None or value in ("", [], "nan"):
+            continue
+        elif isinstance(value, (list, tuple)):
+            listed = (
+                json.dumps(item) if isinstance(item, (Mapping, list)) else str(item)
+                for item in value
+                if item is not None
+            )
+            found.append((name, ", ".join(listed)))
+        elif isinstance(value, bool):
+            found.append((name, "yes" if value else "no"))
+        else:
+            found.append((name, str(value)))
+    return found
+
+
+def _durations(data: RunData) -> list[tuple[str, str]]:
+    return [
+        (str(stage).replace("_", " "), duration(seconds))
+        for stage, seconds in section(data.manifest, "durations_s").items()
+    ]
+
+
+def _command(data: RunData) -> str:
+    found = data.manifest.get("command") or entry(data.manifest, "environment", "command")
+    if isinstance(found, (list, tuple)):
+        return shlex.join(str(part) for part in found)
+    return str(found or "")

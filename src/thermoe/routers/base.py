@@ -1,0 +1,126 @@
+"""The router contract: scores, selection and combine weights as three steps that subclasses override one by one.
+
+Scores are computed in float32. The combine weights come from the gate's probabilities on the selected experts alone;
+whatever steers the selection (a price, noise, a balancing bias) never enters them.
+
+Shape letters: T tokens, E experts, K slots per token, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thermoe.errors import RoutingError, UnknownNameError
+from thermoe.moe.decision import RoutingContext, RoutingDecision
+from thermoe.registry import Registry
+from thermoe.routers.fast_weights import FastWeights
+
+Gate = Literal["renormalized", "probability", "unit", "gain"]
+GATES: tuple[Gate, ...] = ("renormalized", "probability", "unit", "gain")
+
+ROUTERS: Registry[type[Router]] = Registry("router", "thermoe.routers")
+
+
+class Router(nn.Module):
+    """Base of all routers.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: most experts per token, K.
+        gate: how the combine weight of a selected expert follows from its probability p:
+            "renormalized" p / sum over the selection (Mixtral); "probability" p (Switch Transformer); "unit" 1, with
+            the gradient of log p passed straight through; "gain" 1 + g_e * (E * p - 1) with a learned g_e that starts
+            at 0, so that a converted model starts exact (after CMoE, arXiv 2502.04416).
+
+    Attributes:
+        weight: (E, D), the slow router.
+        gain: (E,), with the gate "gain" only.
+        fast: what test-time training moves, or ``None``.
+        active_top_k: when set, an integer of at most ``top_k`` used instead of it (random k in recovery training).
+
+    Raises:
+        RoutingError: ``top_k`` is not in 1..E.
+        UnknownNameError: no such gate.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized") -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise RoutingError(
+                f"top_k is {top_k} with {num_experts} experts",
+                where="top_k",
+                accepted=f"an integer from 1 to {num_experts}",
+                fix="lower top_k or raise the number of experts",
+            )
+        if gate not in GATES:
+            raise UnknownNameError.of("gate", str(gate), GATES, where="gate")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.gate: Gate = gate
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02 * (768 / hidden_size) ** 0.5)
+        self.gain = nn.Parameter(torch.zeros(num_experts)) if gate == "gain" else None
+        self.fast: FastWeights | None = None
+        self.active_top_k: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments beyond the sizes that rebuild this router; saved with the model."""
+        return {"gate": self.gate}
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Return float32 logits (T, E): slow router plus fast weights."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x = x_TD.float()
+            logits = F.linear(x, self.weight.float())
+            return logits if self.fast is None else logits + self.fast(x)
+
+    def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
+        """Return int64 (T, K) expert ids, E for "no expert"."""
+        raise NotImplementedError
+
+    def combine_weights(self, probabilities: Tensor, expert_index: Tensor) -> Tensor:
+        """Return the combine weights (..., K) of a selection, 0 where there is no expert.
+
+        Args:
+            probabilities: (..., E).
+            expert_index: int64 (..., K), E for "no expert".
+        """
+        live = expert_index < self.num_experts
+        p = F.pad(probabilities, (0, 1)).gather(-1, expert_index)
+        if self.gate == "renormalized":
+            p = torch.where(live, p, 0)
+            return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+        if self.gate == "probability":
+            return torch.where(live, p, 0)
+        if self.gate == "unit":
+            log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+            return torch.where(live, 1 + (log_p - log_p.detach()), 0)
+        assert self.gain is not None
+        gain = F.pad(self.gain, (0, 1))[expert_index]
+        return torch.where(live, 1 + gain * (self.num_experts * p - 1), 0)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> RoutingDecision:
+        """Route T tokens.
+
+        Args:
+            x_TD: (T, D).
+            context: where the tokens come from; one sequence without padding when ``None``.
+        """
+        context = context or RoutingContext(1, x_TD.shape[0])
+        logits = self.scores(x_TD)
+        probabilities = torch.softmax(logits, dim=-1)
+        index = self.select(logits, probabilities, context)
+        if context.padding_mask is not None:
+            index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_experts)
+        weights = self.combine_weights(probabilities, index).to(x_TD.dtype)
+        return RoutingDecision(logits, probabilities, index, weights, context.padding_mask)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate}"

@@ -1,0 +1,138 @@
+"""Change the routers of a live model in one call, and put them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from thermoe.errors import ConfigError, RoutingError
+from thermoe.moe.layer import MoELayer, moe_layers
+from thermoe.routers import alternatives, priced, topk  # noqa: F401  (fills the registry)
+from thermoe.routers.base import ROUTERS, Router
+
+
+def _chosen_layers(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, MoELayer]:
+    found = dict(moe_layers(model))
+    if not found:
+        raise RoutingError(
+            "the model has no MoE layer",
+            where=type(model).__name__,
+            accepted="a model with MoELayer modules",
+            fix="convert it first: thermoe.convert_to_moe(model, num_experts=8, top_k=4)",
+        )
+    if layers is None:
+        return found
+    names = list(found)
+    chosen: dict[str, MoELayer] = {}
+    for entry in layers:
+        if isinstance(entry, int) and 0 <= entry < len(names):
+            chosen[names[entry]] = found[names[entry]]
+        elif isinstance(entry, str) and entry in found:
+            chosen[entry] = found[entry]
+        else:
+            raise ConfigError(
+                f"there is no MoE layer {entry!r}",
+                where="layers",
+                accepted=f"0..{len(names) - 1} in the order of the model, or a name: {', '.join(names)}",
+            )
+    return chosen
+
+
+def build_router(
+    name: str, hidden_size: int, num_experts: int, top_k: int, options: Mapping[str, Any] | None = None
+) -> Router:
+    """Build a registered router.
+
+    Raises:
+        UnknownNameError: no router of that name.
+        ConfigError: an option that router does not take.
+    """
+    router_class = ROUTERS.get(name, where="router")
+    try:
+        return router_class(hidden_size, num_experts, top_k, **(options or {}))
+    except TypeError as error:
+        raise ConfigError(
+            f"the router {name!r} cannot be built from {dict(options or {})}: {error}",
+            where="router options",
+            accepted=f"the arguments of {router_class.__name__}",
+            fix=f"see help({router_class.__module__}.{router_class.__name__})",
+        ) from error
+
+
+def set_router(
+    model: nn.Module,
+    router: str | Mapping[str, Router],
+    *,
+    layers: Iterable[int | str] | None = None,
+    **options: Any,
+) -> dict[str, Router]:
+    """Give MoE layers another router, in place, and return what was replaced.
+
+    A router built by name takes over the slow weights, the learned gains, the fast weights, the number of experts per
+    token and every option that it shares with the old one, so that only the way of choosing changes. To undo, hand the
+    returned dictionary back.
+
+    Args:
+        model: any module with MoE layers.
+        router: a registered name, or routers by layer name, as returned by an earlier call.
+        layers: positions among the MoE layers, or dotted names; all when ``None``. Not with a dictionary.
+        options: passed to the router's constructor, for example ``price=0.2`` or ``top_k=2``.
+
+    Returns:
+        The routers that were replaced, by dotted layer name.
+
+    Raises:
+        UnknownNameError: no router of that name.
+        RoutingError: the model has no MoE layer, or a router's sizes do not fit its layer.
+    """
+    if isinstance(router, Mapping):
+        if layers is not None or options:
+            raise ConfigError(
+                "a dictionary of routers was given together with layers or options",
+                where="set_router",
+                accepted="either a name with layers and options, or a dictionary alone",
+            )
+        chosen = _chosen_layers(model, list(router))
+        new = dict(router)
+    else:
+        chosen = _chosen_layers(model, layers)
+        new = {name: _successor(layer, router, options) for name, layer in chosen.items()}
+    for name, layer in chosen.items():
+        if (new[name].num_experts, new[name].hidden_size) != (layer.experts.num_experts, layer.experts.hidden_size):
+            raise RoutingError(
+                f"the router has {new[name].num_experts} experts of width {new[name].hidden_size}",
+                where=name,
+                accepted=f"{layer.experts.num_experts} experts of width {layer.experts.hidden_size}",
+            )
+    replaced: dict[str, Router] = {}
+    for name, layer in chosen.items():
+        old = layer.router
+        assert isinstance(old, Router)
+        replaced[name] = old
+        layer.router = new[name].train(layer.training)
+        layer.last_routing = None
+    return replaced
+
+
+def _successor(layer: MoELayer, name: str, options: Mapping[str, Any]) -> Router:
+    """Build the router ``name`` for ``layer`` with the learned state of the present one."""
+    old = layer.router
+    assert isinstance(old, Router)
+    settings = dict(options)
+    top_k = settings.pop("top_k", old.top_k)
+    known = build_router(name, old.hidden_size, old.num_experts, top_k).options()
+    inherited = {key: value for key, value in old.options().items() if key in known}
+    new = build_router(name, old.hidden_size, old.num_experts, top_k, {**inherited, **settings})
+    new.to(device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(old.weight)
+        if new.gain is not None and old.gain is not None:
+            new.gain.copy_(old.gain)
+    for mine, theirs in zip(new.parameters(), old.parameters(), strict=False):
+        mine.requires_grad_(theirs.requires_grad)
+    new.fast = old.fast
+    new.active_top_k = old.active_top_k
+    return new

@@ -1,0 +1,101 @@
+"""The baseline: top-k routing, with or without a capacity per expert.
+
+GShard (arXiv 2006.16668) and Switch Transformer (arXiv 2101.03961): each token takes its k most probable experts; an
+expert takes at most ceil(c * T * k / E) tokens and the rest is dropped, so that the residual stream alone carries it.
+Here the capacity acts in training; in evaluation and generation routing is dropless unless `eval_capacity_factor` is
+set, because a capacity makes a token's output depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thermoe.errors import ConfigError, UnknownNameError
+from thermoe.moe.decision import RoutingContext
+from thermoe.moe.dispatch import DROP_ORDERS, DropOrder, apply_capacity, expert_capacity
+from thermoe.routers.base import ROUTERS, Gate, Router
+
+
+@ROUTERS.register("topk")
+class TopKRouter(Router):
+    """Top-k experts per token.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: experts per token.
+        gate: see `Router`.
+        capacity_factor: c in training; ``None`` is dropless.
+        eval_capacity_factor: c in evaluation and generation; ``None`` is dropless.
+        drop_order: which tokens a full expert keeps: "position" (the earliest) or "probability" (the surest).
+        temperature: when set, experts are sampled in training without replacement from softmax(z / temperature)
+            (Gumbel top-k, arXiv 1903.06059), which frees a router that always picks the same ones. Evaluation is
+            unchanged: dividing by a temperature does not alter a ranking.
+
+    Raises:
+        ConfigError: a capacity factor or the temperature is not above 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate: Gate = "renormalized",
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        drop_order: DropOrder = "position",
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, gate=gate)
+        for name, value in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+            ("temperature", temperature),
+        ):
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(
+                    f"{name} is {value}", where=name, accepted="a finite number above 0, or None to switch it off"
+                )
+        if drop_order not in DROP_ORDERS:
+            raise UnknownNameError.of("drop order", str(drop_order), DROP_ORDERS, where="drop_order")
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.drop_order: DropOrder = drop_order
+        self.temperature = temperature
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments that rebuild this router."""
+        return {
+            **super().options(),
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "drop_order": self.drop_order,
+            "temperature": self.temperature,
+        }
+
+    def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
+        """Return the top-k experts, those beyond an expert's capacity replaced by E."""
+        return self._limit(self._rank(logits), probabilities, context)
+
+    def _rank(self, logits: Tensor) -> Tensor:
+        """Return the top-k experts before any capacity."""
+        ranked = logits
+        if self.training and self.temperature is not None:
+            uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)
+            ranked = logits / self.temperature - torch.log(-torch.log(uniform))
+        return torch.topk(ranked, self.active_top_k or self.top_k, dim=-1).indices
+
+    def _limit(self, index: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
+        """Apply the capacity, if there is one."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return index
+        if context.padding_mask is not None:  # padding must not take up an expert's places
+            index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_experts)
+        capacity = expert_capacity(*index.shape, self.num_experts, factor)
+        return apply_capacity(index, probabilities, capacity, drop_order=self.drop_order)
