@@ -24,6 +24,7 @@ ARMS = {
     "priced_ttt": ("MoE, energy-aware + learning", "The same router, learning at test time.", 0.0, 34e-6),
 }
 SEGMENTS = (("prose-1", "prose", 4.1), ("code", "code", 5.6), ("prose-2", "prose", 4.15))
+NO_READING = {"value": None, "provenance": None, "reason": "RAPL counters are not readable"}
 EXPERTS, LAYERS, BATCHES, TOKENS = 8, 4, 24, 512
 
 
@@ -108,11 +109,11 @@ def write_arm(run: RunFolder, name: str, *, measured: dict[str, Any] | None = No
                 mutual_information=0.2,
             )  # fmt: skip
             for router in {name, "random", "oracle"}:
-                level = {"random": 0.0, "oracle": 1.0, "baseline": 0.22, "priced": 0.31}.get(router, 0.4)
+                skill = {"random": 0.0, "oracle": 1.0, "baseline": 0.22, "priced": 0.31}.get(router, 0.4)
                 run.append(
-                    "accuracy", arm=router, segment=segment, layer=layer, tokens=256, tolerant=0.1 + 0.9 * level,
-                    tolerant_chance=0.1, tolerant_corrected=level, overlap=0.25 + 0.75 * level, overlap_chance=0.25,
-                    overlap_corrected=level * 0.9, regret=0.05 * (1 - level),
+                    "accuracy", arm=router, segment=segment, layer=layer, tokens=256, tolerant=0.1 + 0.9 * skill,
+                    tolerant_chance=0.1, tolerant_corrected=skill, overlap=0.25 + 0.75 * skill, overlap_chance=0.25,
+                    overlap_corrected=skill * 0.9, regret=0.05 * (1 - skill),
                 )  # fmt: skip
     dense = name == "dense"
     run.append(
@@ -123,7 +124,7 @@ def write_arm(run: RunFolder, name: str, *, measured: dict[str, Any] | None = No
         effective_experts=None if dense else 6.2, experts_per_token=None if dense else 1.9,
         distinct_experts=None if dense else 7.8,
         j_per_token_modelled={"value": joules, "provenance": "estimated"},
-        j_per_token_measured=measured or {"value": None, "provenance": None, "reason": "RAPL counters are not readable"},
+        j_per_token_measured=measured or NO_READING,
         tokens_per_s=2412.0,
     )  # fmt: skip
 
