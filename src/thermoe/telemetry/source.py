@@ -175,7 +175,7 @@ class Source(Protocol):
         """Return the names that :meth:`read` may answer for ``device``."""
 
     def read(self, device: Device, metrics: Iterable[str]) -> Sample:
-        """Read ``metrics`` once. A fault of the hardware becomes a reason in ``missing``, or ``lost``; it never raises."""
+        """Read ``metrics`` once; a fault of the hardware becomes a reason in ``missing`` or ``lost`` and never raises."""
 
     def close(self) -> None:
         """Let go of what was opened; calling it twice is harmless."""
