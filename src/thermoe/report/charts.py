@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from thermoe.report.run_data import RunData, entry, number, weighted_mean
 from thermoe.report.style import WIDTH_IN, Theme, arm_style
-from thermoe.report.wording import decimals_for, plain
+from thermoe.report.wording import bounds_of, plain, shared_decimals
 
 #: A heat map with more rows than this is no longer read cell by cell.
 _MAX_HEAT_ARMS = 8
+
+
+def _error_bounds(value: float, low: float | None, high: float | None) -> list[list[float]] | None:
+    """Interval as matplotlib takes it: distances from the value, none of them negative."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]] if low is not None and high is not None else None
 
 
 def draw_perplexity(data: RunData, theme: Theme) -> Figure | None:
@@ -30,35 +37,29 @@ def draw_perplexity(data: RunData, theme: Theme) -> Figure | None:
         return None
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(WIDTH_IN, rows * (0.9 + 0.42 * len(arms))), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, rows * (0.9 + 0.42 * len(arms))), layout=ConstrainedLayoutEngine(hspace=0.08))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = list(grid.flat)
     for axes, name in zip(panels, names, strict=False):
+        decimals = shared_decimals(found for key, found in values.items() if key[1] == name)
         reach = 0.0
         for place, arm in enumerate(arms):
-            found = values.get((arm.name, name))
-            value, low, high = (number(entry(found, key)) for key in ("value", "lo", "hi"))
+            value, low, high = bounds_of(values.get((arm.name, name)))
             if value is None:
                 continue
-            style = arm_style(data, arm.name, theme)
-            bounds = (
-                [[max(0.0, value - low)], [max(0.0, high - value)]] if low is not None and high is not None else None
-            )
-            axes.barh(place, value, 0.66, color=style.color, xerr=bounds, ecolor=theme.quiet, capsize=3)
+            color = arm_style(data, arm.name, theme).color
+            axes.barh(place, value, 0.66, color=color, alpha=0.85)
+            axes.errorbar(value, place, xerr=_error_bounds(value, low, high), color=theme.quiet, capsize=4, lw=2)
             end = max(value, high or value)
             axes.annotate(
-                f"{value:,.{decimals_for(low, high, value)}f}",
-                (end, place),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
+                f"{value:,.{decimals}f}", (end, place), (6, 0), textcoords="offset points", va="center", fontsize=10.5
             )
             reach = max(reach, end)
         axes.set_xlim(0, reach * 1.28 or 1.0)
         axes.set_title("whole stream" if name == "all" else name)
-        axes.set_xlabel("Perplexity (lower is better)")
         axes.grid(visible=False, axis="y")
         axes.set_yticks(range(len(arms)), [_wrapped(arm.title) for arm in arms])
+    figure.supxlabel("Perplexity (lower is better)", fontsize=11)
     panels[0].set_ylim(len(arms) - 0.4, -0.6)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -85,26 +86,27 @@ def draw_front(data: RunData, theme: Theme) -> Figure | None:
     spots = []
     for arm in data.arms:
         row = data.summaries.get(arm.name)
-        joules, found = number(entry(row, "j_per_token_modelled", "value")), entry(row, "ppl", "all")
-        value = number(entry(found, "value"))
+        joules = number(entry(row, "j_per_token_modelled", "value"))
+        value, low, high = bounds_of(entry(row, "ppl", "all"))
         if joules is not None and value is not None and data.modelled_label(arm.name):
-            spots.append((joules * factor, value, number(entry(found, "lo")), number(entry(found, "hi")), arm))
+            spots.append((joules * factor, value, _error_bounds(value, low, high), arm))
     if len(spots) < 2:
         return None
     figure = Figure(figsize=(WIDTH_IN, 4.4), layout="constrained")
     axes = figure.subplots()
     front = sorted(s[:2] for s in spots if not any(o[0] <= s[0] and o[1] <= s[1] and o[:2] != s[:2] for o in spots))
-    axes.plot(*zip(*front, strict=True), color=theme.quiet, lw=1.2, ls=(0, (4, 3)), zorder=1, label="best of both")
-    for joules, value, low, high, arm in spots:
+    for joules, value, bounds, arm in spots:
         style = arm_style(data, arm.name, theme)
-        bounds = [[max(0.0, value - low)], [max(0.0, high - value)]] if low is not None and high is not None else None
         axes.errorbar(
             joules, value, yerr=bounds, fmt=style.marker, ms=10, color=style.color, capsize=4, lw=1.5, label=arm.title
         )
+    joined = "not beaten on both"
+    axes.plot(*zip(*front, strict=True), color=theme.quiet, lw=1.2, ls=(0, (4, 3)), zorder=1, label=joined)
     axes.margins(0.16)
-    axes.set_xlabel(f"Energy per token from the cost model ({unit}, {data.modelled_label()}) - lower is better")
+    axes.set_xlabel(f"Energy per token from the cost model ({unit}, {data.modelled_label()}), lower is better")
     axes.set_ylabel("Perplexity, whole stream\nlower is better")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == joined)
+    figure.legend(*zip(*entries, strict=True), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -112,9 +114,10 @@ def draw_loads(data: RunData, theme: Theme) -> Figure | None:
     """Heat maps of expert load, a row of panels an arm and a column a segment; 1 is an even share."""
     shares: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in data.of("load"):
-        load = [number(share) for share in row.get("load") or []]
+        stated = row.get("load")
+        load = [number(share) for share in stated] if isinstance(stated, (list, tuple)) else []
         whole = [share for share in load if share is not None]
-        if whole and len(whole) == len(load):
+        if whole and len(whole) == len(load) and row.get("layer") is not None:
             key = (str(row.get("arm")), str(row.get("segment")))
             shares.setdefault(key, {})[str(row.get("layer"))] = [share * len(whole) for share in whole]
     arms = [arm for arm in data.arms if any(key[0] == arm.name for key in shares)][:_MAX_HEAT_ARMS]
@@ -123,7 +126,10 @@ def draw_loads(data: RunData, theme: Theme) -> Figure | None:
     if not arms or not names:
         return None
     layers = max(len(maps) for maps in shares.values())
-    figure = Figure(figsize=(WIDTH_IN, 1.1 + len(arms) * max(1.25, 0.45 + 0.22 * layers)), layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH_IN, 1.1 + len(arms) * max(1.25, 0.45 + 0.22 * layers)),
+        layout=ConstrainedLayoutEngine(h_pad=0.15, rect=(0, 0, 1, 0.97)),
+    )
     grid = figure.subplots(len(arms), len(names), squeeze=False)
     colors = LinearSegmentedColormap.from_list("load", theme.heat)
     peak = max(share for maps in shares.values() for load in maps.values() for share in load)
@@ -133,6 +139,7 @@ def draw_loads(data: RunData, theme: Theme) -> Figure | None:
         for j, name in enumerate(names):
             axes = grid[i][j]
             axes.grid(visible=False)
+            axes.tick_params(length=0)
             maps = shares.get((arm.name, name))
             if i == 0:
                 axes.set_title(name, loc="center")
@@ -151,7 +158,7 @@ def draw_loads(data: RunData, theme: Theme) -> Figure | None:
                 axes.set_xlabel("Expert")
             if j == 0:
                 axes.set_ylabel("Layer")
-        grid[i][0].annotate(
+        title = grid[i][0].annotate(
             arm.title,
             (0, 1),
             (0, 20 if i == 0 else 4),
@@ -159,6 +166,7 @@ def draw_loads(data: RunData, theme: Theme) -> Figure | None:
             textcoords="offset points",
             weight="bold",
         )
+        title.set_in_layout(False)  # a long title would otherwise push the columns apart
     if image is None:
         return None
     bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.6, aspect=45, pad=0.02)
@@ -190,20 +198,17 @@ def draw_accuracy(data: RunData, theme: Theme) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH_IN, 1.7 + 0.42 * len(table)), layout="constrained")
     axes = figure.subplots()
+    labelled: set[str] = set()
     for place, (arm, (whole, parts)) in enumerate(table.items()):
         axes.barh(place, whole, 0.6, color=arm_style(data, arm, theme).color, alpha=0.9)
         for i, name in enumerate(names):
             if name in parts:
-                marker = "o^DsvP"[i % 6]
-                axes.plot(
-                    parts[name],
-                    place,
-                    marker,
-                    ms=7,
-                    mfc=theme.background,
-                    mec=theme.ink,
-                    label=name if not place else None,
-                )
+                # one above the other, so that equal values do not hide each other
+                height = place + 0.36 * ((i + 0.5) / len(names) - 0.5)
+                label = None if name in labelled else name
+                labelled.add(name)
+                look: dict[str, Any] = {"ms": 6, "mfc": theme.background, "mec": theme.ink, "label": label}
+                axes.plot(parts[name], height, "o^DsvP"[i % 6], **look)
     for value, text in ((0.0, "random = 0"), (1.0, "oracle = 1")):
         axes.axvline(value, color=theme.ink, lw=1.3, ls=":")
         axes.text(value, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", color=theme.quiet)

@@ -113,7 +113,7 @@ def _training_tokens(rows: Sequence[Any]) -> list[float]:
 def draw_training(data: RunData, theme: Theme) -> Figure | None:
     """Training loss and held-out loss, a panel a phase, with the loss of a unigram model as the line to get under."""
     phases = []
-    for phase in dict.fromkeys(str(row.get("phase")) for row in [*data.of("train"), *data.of("eval")]):
+    for phase in dict.fromkeys(str(row["phase"]) for row in data.of("train") if row.get("phase")):
         rows = [
             row for row in data.of("train") if str(row.get("phase")) == phase and number(row.get("loss")) is not None
         ]

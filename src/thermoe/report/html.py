@@ -26,6 +26,7 @@ from thermoe.report.wording import (
     reading_of,
     router_cell,
     scaled_count,
+    shared_decimals,
     with_interval,
 )
 
@@ -161,12 +162,13 @@ def _verdicts(data: RunData) -> list[dict[str, str]]:
 
 def _arms_table(data: RunData) -> list[dict[str, Any]]:
     table = []
+    decimals = shared_decimals(entry(row, "ppl", "all") for row in data.summaries.values())
     for arm in data.arms:
         row = data.summaries.get(arm.name)
         table.append(
             {
                 "arm": arm,
-                "perplexity": with_interval(entry(row, "ppl", "all")),
+                "perplexity": with_interval(entry(row, "ppl", "all"), decimals),
                 "modelled": energy_cell(data, arm, "j_per_token_modelled"),
                 "telemetry": energy_cell(data, arm, "j_per_token_measured"),
                 "experts": router_cell(arm, entry(row, "experts_per_token")),
@@ -181,12 +183,16 @@ def _arms_table(data: RunData) -> list[dict[str, Any]]:
 
 def _perplexity_table(data: RunData) -> list[dict[str, Any]]:
     table = []
+    decimals = {
+        segment.name: shared_decimals(entry(row, "ppl", segment.name) for row in data.summaries.values())
+        for segment in data.segments
+    }
     for arm in data.arms:
         row = data.summaries.get(arm.name)
         if row is not None:
             cells = []
             for segment in data.segments:
-                cell = with_interval(entry(row, "ppl", segment.name))
+                cell = with_interval(entry(row, "ppl", segment.name), decimals[segment.name])
                 bits = number(entry(row, "bits_per_byte", segment.name))
                 extra = f"{plain(bits)} bits per byte" if bits is not None else "bits per byte not measured"
                 cells.append({"cell": cell, "bits": extra})
@@ -194,21 +200,26 @@ def _perplexity_table(data: RunData) -> list[dict[str, Any]]:
     return table
 
 
-def _comparisons(data: RunData) -> list[dict[str, Any]]:
-    return [
-        {
-            "arm": data.title_of(row.get("arm")),
-            "against": data.title_of(row.get("against")),
-            "segment": "whole stream" if row.get("segment") in (None, "all") else str(row["segment"]),
-            "cell": difference(row),
-            "reading": reading_of(row),
-            "sample": f"{count(row.get('n'))} {row.get('unit') or 'pairs'}"
-            if number(row.get("n")) is not None
-            else NOT_MEASURED,
-        }
-        for row in data.of("comparison")
-        if row.get("arm") and row.get("against")
-    ]
+def _comparisons(data: RunData) -> dict[str, Any]:
+    """Paired differences with an arm a line and a segment a column; empty when there are none."""
+    rows = [row for row in data.of("comparison") if row.get("arm") and row.get("against")]
+    rows = [row for row in rows if row.get("metric") in (None, "nll")]
+    found = {(row["arm"], row["against"], str(row.get("segment") or "all")): row for row in rows}
+    known = [*(segment.name for segment in data.segments), "all"]
+    names = [name for name in known if any(key[2] == name for key in found)]
+    lines = []
+    for arm, against in dict.fromkeys(key[:2] for key in found):
+        cells = [_compared(found.get((arm, against, name))) for name in names]
+        lines.append({"arm": data.title_of(arm), "against": data.title_of(against), "cells": cells})
+    return {"columns": ["whole stream" if name == "all" else name for name in names], "lines": lines} if names else {}
+
+
+def _compared(row: Mapping[str, Any] | None) -> dict[str, Any]:
+    if row is None:
+        return {"cell": Cell(NOT_MEASURED), "reading": "", "sample": ""}
+    sample = f"{count(row.get('n'))} {row.get('unit') or 'pairs'}" if number(row.get("n")) is not None else ""
+    cell = difference(row)
+    return {"cell": cell, "reading": "" if cell.missing else reading_of(row), "sample": sample}
 
 
 def _accuracy_table(data: RunData) -> list[dict[str, str]]:

@@ -158,11 +158,12 @@ class RunData:
     @cached_property
     def summaries(self) -> dict[str, Row]:
         """The summary row of each arm; the last one written counts."""
-        return {str(row.get("arm")): row for row in self.of("summary")}
+        return {str(row["arm"]): row for row in self.of("summary") if row.get("arm")}
 
     def title_of(self, name: Any) -> str:
         """Return the title of an arm by its key, or the key itself."""
-        return next((arm.title for arm in self.arms if arm.name == name), str(name))
+        reference = {"random": "random choice", "oracle": "oracle (best subset)"}.get(str(name), str(name))
+        return next((arm.title for arm in self.arms if arm.name == name), reference)
 
     @cached_property
     def baseline(self) -> str | None:
@@ -218,7 +219,7 @@ class RunData:
     @cached_property
     def accuracy_arms(self) -> list[str]:
         """Arms with accuracy rows: random first, then the arms of the run in order, the oracle last."""
-        present = list(dict.fromkeys(str(row.get("arm")) for row in self.of("accuracy")))
+        present = list(dict.fromkeys(str(row["arm"]) for row in self.of("accuracy") if row.get("arm")))
         ranks = {"random": -1, **{arm.name: i for i, arm in enumerate(self.arms)}, "oracle": 10_000}
         return sorted(present, key=lambda name: ranks.get(name, 9_999))
 

@@ -1,16 +1,17 @@
-"""The table of the arms for a terminal: all columns from 100 characters on, the most telling ones below."""
+"""The table of the arms for a terminal: the most telling columns at 80 characters, the segments from 100 on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from thermoe.report.run_data import Arm, RunData, entry
-from thermoe.report.wording import NOT_MEASURED, Cell, energy_cell, plain, router_cell, with_interval
+from thermoe.report.wording import NOT_MEASURED, Cell, energy_cell, plain, router_cell, shared_decimals, with_interval
 
 _BADGE_STYLES = {
     "measured": "green",
@@ -19,8 +20,8 @@ _BADGE_STYLES = {
     "replayed": "magenta",
     NOT_MEASURED: "dim",
 }
-#: From this width on the table has all its columns.
-_FULL_WIDTH = 100
+#: From these widths on the table has the segments, and all its columns.
+_SEGMENTS_WIDTH, _FULL_WIDTH = 100, 140
 
 
 def _lines(cell: Cell, *, badge: bool = False) -> Text:
@@ -34,8 +35,10 @@ def _lines(cell: Cell, *, badge: bool = False) -> Text:
     return text
 
 
-def _perplexity(data: RunData, arm: Arm, segment: str) -> Text:
-    return _lines(with_interval(entry(data.summaries.get(arm.name), "ppl", segment)))
+def _perplexity(data: RunData, arm: Arm, segment: str, *, interval: bool) -> Text:
+    decimals = shared_decimals(entry(row, "ppl", segment) for row in data.summaries.values())
+    cell = with_interval(entry(data.summaries.get(arm.name), "ppl", segment), decimals)
+    return _lines(cell if interval else Cell(cell.text))
 
 
 def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
@@ -49,32 +52,34 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
         RunFolderError: the folder holds no run.
     """
     data = RunData.read(run_path)
-    wide = (Console().width if width is None else width) >= _FULL_WIDTH
-    table = Table(
-        title=_title(data), caption=_caption(data), title_justify="left", caption_justify="left", show_lines=True
-    )
-    table.add_column("Arm", min_width=14, ratio=3 if wide else None)
-    segments = [segment.name for segment in data.segments] if wide else []
+    room = Console().width if width is None else width
+    segments = [segment.name for segment in data.segments] if room >= _SEGMENTS_WIDTH else []
+    full = room >= _FULL_WIDTH
+    table = Table(title=_title(data), caption=_caption(data), box=box.HORIZONTALS, show_lines=True)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("Arm", min_width=14)
     for name in segments:
-        table.add_column(f"Perplexity {escape(name)}", justify="right", no_wrap=False)
-    table.add_column("Perplexity, whole", justify="right")
-    table.add_column("J/token, cost model", justify="right")
-    table.add_column("J/token, telemetry", justify="right")
-    if wide:
-        table.add_column("Experts per token", justify="right")
-    table.add_column("Routing accuracy", justify="right")
-    if wide:
-        table.add_column("Tokens/s", justify="right")
+        table.add_column(f"PPL\n{escape(name)}", justify="right")
+    table.add_column("PPL\nwhole", justify="right")
+    table.add_column("J/token\ncost model", justify="right")
+    table.add_column("J/token\ntelemetry", justify="right")
+    table.add_column("Routing\naccuracy", justify="right")
+    if full:
+        table.add_column("Experts\nper token", justify="right")
+        table.add_column("Effective\nexperts", justify="right")
+        table.add_column("Tokens\nper second", justify="right")
     for arm in data.arms:
         row = data.summaries.get(arm.name)
-        cells = [Text(arm.title), *(_perplexity(data, arm, name) for name in segments), _perplexity(data, arm, "all")]
+        cells = [Text(arm.title)]
+        # at the smaller width the intervals of the segments would fold into three lines
+        cells += [_perplexity(data, arm, name, interval=full) for name in segments]
+        cells.append(_perplexity(data, arm, "all", interval=True))
         cells += [
             _lines(energy_cell(data, arm, c), badge=True) for c in ("j_per_token_modelled", "j_per_token_measured")
         ]
-        if wide:
-            cells.append(_lines(router_cell(arm, entry(row, "experts_per_token"))))
         cells.append(_lines(router_cell(arm, entry(row, "accuracy_corrected", "all"), 2)))
-        if wide:
+        if full:
+            cells += [_lines(router_cell(arm, entry(row, c))) for c in ("experts_per_token", "effective_experts")]
             cells.append(_lines(Cell(plain(entry(row, "tokens_per_s")))))
         table.add_row(*cells)
     return table
@@ -86,7 +91,9 @@ def _title(data: RunData) -> str:
 
 
 def _caption(data: RunData) -> str:
-    lines = ["Perplexity with 95% interval, lower is better. Routing accuracy: 0 = random, 1 = best possible subset."]
+    lines = [
+        "PPL: perplexity with its 95% interval, lower is better. Routing accuracy: 0 random, 1 best possible subset."
+    ]
     reasons = [entry(row, "j_per_token_measured", "reason") for row in data.summaries.values()]
     stated = [str(reason) for reason in dict.fromkeys(reasons) if reason]
     if stated:

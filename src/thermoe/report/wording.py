@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from thermoe.results import PROVENANCE_ORDER
 
 NOT_MEASURED = "not measured"
 NOT_APPLICABLE = "does not apply"
+NO_BREAK = "\u00a0"
 MINUS = "\u2212"
 
 
@@ -93,14 +94,28 @@ def decimals_for(low: float | None, high: float | None, value: float) -> int:
     return min(9, max(0, 2 - math.floor(math.log10(abs(value))))) if value else 0
 
 
-def with_interval(estimate: Any) -> Cell:
-    """State ``{value, lo, hi}`` as the value, with its interval as the note; a bare number is accepted too."""
+def bounds_of(estimate: Any) -> tuple[float | None, float | None, float | None]:
+    """Return value, low and high of ``{value, lo, hi}``; a bare number is a value without an interval."""
     source = estimate if isinstance(estimate, Mapping) else {"value": estimate}
     value, low, high = (number(source.get(key)) for key in ("value", "lo", "hi"))
+    return value, low, high
+
+
+def shared_decimals(estimates: Iterable[Any]) -> int | None:
+    """Decimals for a column of estimates: of the least certain one, so that its numbers line up."""
+    bounds = [bounds_of(estimate) for estimate in estimates]
+    return min((decimals_for(low, high, value) for value, low, high in bounds if value is not None), default=None)
+
+
+def with_interval(estimate: Any, decimals: int | None = None) -> Cell:
+    """State ``{value, lo, hi}`` as the value, with its interval as the note."""
+    value, low, high = bounds_of(estimate)
     if value is None:
         return Cell(NOT_MEASURED)
-    decimals = decimals_for(low, high, value)
-    note = f"[{_fixed(low, decimals)}, {_fixed(high, decimals)}]" if low is not None and high is not None else ""
+    decimals = decimals_for(low, high, value) if decimals is None else decimals
+    note = (
+        f"[{_fixed(low, decimals)},{NO_BREAK}{_fixed(high, decimals)}]" if low is not None and high is not None else ""
+    )
     return Cell(_fixed(value, decimals), note)
 
 
@@ -136,6 +151,8 @@ def energy_cell(data: RunData, arm: Arm, column: str) -> Cell:
     """State joules per token of ``arm``; a value without provenance is not shown, for no one can tell what it is."""
     source = entry(data.summaries.get(arm.name), column)
     value, label = number(entry(source, "value")), entry(source, "provenance")
+    if column == "j_per_token_modelled":
+        label = data.modelled_label(arm.name)  # a row that names none has that of the cost model
     if value is None:
         reason = entry(source, "reason")
         return Cell(NOT_MEASURED, str(reason) if reason else "", NOT_MEASURED)
@@ -145,10 +162,10 @@ def energy_cell(data: RunData, arm: Arm, column: str) -> Cell:
     notes = []
     low, high = number(entry(source, "lo")), number(entry(source, "hi"))
     if low is not None and high is not None:
-        notes.append(f"[{plain(low * factor)}, {plain(high * factor)}]")
+        notes.append(f"[{plain(low * factor)},{NO_BREAK}{plain(high * factor)}]")
     learning = data.learning_j_per_token(arm.name) if column == "j_per_token_modelled" else None
     if learning:
-        notes.append(f"of it learning: {plain(learning * factor, 2)} {unit}")
+        notes.append(f"of it learning: {plain(learning * factor, 2)}{NO_BREAK}{unit}")
     return Cell(f"{plain(value * factor)} {unit}", "; ".join(notes), str(label))
 
 
