@@ -48,7 +48,9 @@ def _scoring(data: RunData, sources: Sources) -> None:
     scored = sum(number(row.get("tokens")) or 0.0 for row in rows)
     if scored:
         sources.add(
-            "measured", "Loss and perplexity", f"computed from the models' outputs on {count(scored)} scored tokens"
+            "measured",
+            "Loss and perplexity",
+            f"computed from the models' outputs on {count(scored)} scored tokens, all arms together",
         )
     else:
         sources.add(None, "Loss and perplexity", "no batch of the stream has been scored")

@@ -57,7 +57,7 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
     full = room >= _FULL_WIDTH
     table = Table(title=_title(data), caption=_caption(data), box=box.HORIZONTALS, show_lines=True)
     table.title_justify = table.caption_justify = "left"
-    table.add_column("Arm", min_width=14)
+    table.add_column("Arm", width=16)  # fixed: with a least width rich lays out more than there is room for
     for name in segments:
         table.add_column(f"PPL\n{escape(name)}", justify="right")
     table.add_column("PPL\nwhole", justify="right")
