@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class HostSource:
             provenance=dict.fromkeys(values, "measured"),
             missing=missing,
         )
-        return replace(base, **values)  # type: ignore[arg-type]
+        return base.with_values(values)
 
     def _from_process_table(self, metric: str) -> float | str:
         if metric not in HOST_METRICS:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from thermoe.errors import ConfigError, TelemetryError
+from thermoe.telemetry.aligned import AlignedWindow
 from thermoe.telemetry.assemble import NO_SENSOR, Closing, assemble
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 from thermoe.telemetry.devices import select_devices
@@ -170,6 +171,16 @@ class EnergyMeter:
             )
         return OpenWindow(self, name, tokens=tokens, sampled=edges == "sampled")
 
+    def aligned_window(self, name: str, *, min_s: float) -> AlignedWindow:
+        """Return a window from one step of the energy counter to another, at least ``min_s`` seconds apart.
+
+        Keep the device busy until ``window.done``, and call ``window.count(tokens, mark)`` after each step.
+
+        Raises:
+            ConfigError: ``min_s`` is not a length of time.
+        """
+        return AlignedWindow(self, name, min_s=min_s)
+
     def begin_window(self, name: str, *, restart: bool = False) -> None:
         """Open a window that :meth:`end_window` closes by its name.
 
@@ -301,14 +312,21 @@ class EnergyMeter:
             return {"sync_failed"}
         return set()
 
+    @property
+    def reader(self) -> GatedReader:
+        """The reader that every thread of this meter shares; opens the source."""
+        self._open_source()
+        return self._reader
+
+    def read_edge(self, device: Device) -> Sample:
+        """Read what a window wants to know of a device at its ends."""
+        offered = self._reader.source.metrics(device)
+        wanted = EDGE_METRICS if device.kind == "gpu" else HOST_EDGE_METRICS
+        return self._reader.read(device, [metric for metric in wanted if metric in offered])
+
     def direct_edges(self) -> dict[str, Edge]:
         """Read every device once and return the edges by UUID."""
-        edges: dict[str, Edge] = {}
-        for device in self._devices:
-            offered = self._reader.source.metrics(device)
-            wanted = EDGE_METRICS if device.kind == "gpu" else HOST_EDGE_METRICS
-            edges[device.uuid] = direct_edge(device, self._reader.read(device, [m for m in wanted if m in offered]))
-        return edges
+        return {device.uuid: direct_edge(device, self.read_edge(device)) for device in self._devices}
 
     def sampled_edges(self, start_s: float, end_s: float) -> tuple[dict[str, Edge], dict[str, Edge]]:
         """Return the first and the last background sample between two moments as edges, by UUID."""

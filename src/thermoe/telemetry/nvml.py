@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from thermoe.results import Provenance
@@ -298,4 +297,4 @@ class _Reading:
             missing=self.missing,
             lost=self.lost,
         )
-        return replace(base, **self.values)  # type: ignore[arg-type]
+        return base.with_values(self.values)

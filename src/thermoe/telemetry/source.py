@@ -7,7 +7,7 @@ read is ``None`` with its reason beside it, never 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -148,6 +148,10 @@ class Sample:
         found: float | None = getattr(self, metric)
         return found
 
+    def with_values(self, values: Mapping[str, Any]) -> Sample:
+        """Return the sample with fields replaced, by name."""
+        return replace(self, **values)
+
     @classmethod
     def empty(cls, device: Device, t_s: float, metrics: Iterable[str], reason: str, *, lost: bool = False) -> Sample:
         """Build the sample of a reading that gave nothing, each metric missing for ``reason``."""
@@ -175,7 +179,7 @@ class Source(Protocol):
         """Return the names that :meth:`read` may answer for ``device``."""
 
     def read(self, device: Device, metrics: Iterable[str]) -> Sample:
-        """Read ``metrics`` once; a fault of the hardware becomes a reason in ``missing`` or ``lost`` and never raises."""
+        """Read ``metrics`` once; a fault of the hardware becomes a reason in ``missing``, or ``lost``."""
 
     def close(self) -> None:
         """Let go of what was opened; calling it twice is harmless."""

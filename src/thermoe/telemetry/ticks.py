@@ -37,6 +37,7 @@ class TickSearch:
         after: the first reading after the step, or the last reading when there was none.
         reads: readings it took.
         reason: why there is no step, or ``None``.
+        timed_out: the counter answered and did not step.
     """
 
     t_s: float | None
@@ -44,11 +45,13 @@ class TickSearch:
     after: Sample
     reads: int
     reason: str | None = None
+    timed_out: bool = False
 
     def edge(self) -> Edge:
         """Return the step as the end of a window."""
         if self.t_s is None:
-            return Edge(self.after, self.after.t_s, 0.0, self.reason or "no tick")
+            # A reading without a counter is no fault of the edge: power may stand in for it.
+            return Edge(self.after, self.after.t_s, 0.0, self.reason if self.timed_out else None)
         return Edge(self.after, self.t_s, self.width_s * UNIFORM_SD)
 
 
@@ -79,10 +82,11 @@ def find_tick(
         if clock.now_s() - started_s >= timeout_s:
             break
         if stop is not None and stop.is_set():
-            return TickSearch(None, 0.0, sample, reads, "the search for a tick was called off")
+            return TickSearch(None, 0.0, sample, reads, "the search for a tick was called off", True)
         clock.sleep_s(READ_SPACING_S - (clock.now_s() - called_s))
     waited_s = clock.now_s() - started_s
-    return TickSearch(None, 0.0, sample, max_reads, f"tick_timeout: the counter did not change in {waited_s:.2f} s")
+    reason = f"tick_timeout: the counter did not change in {waited_s:.2f} s"
+    return TickSearch(None, 0.0, sample, max_reads, reason, True)
 
 
 def measure_tick_period(reader: GatedReader, device: Device, clock: Clock, *, duration_s: float = 1.0) -> float | None:
@@ -95,7 +99,7 @@ def measure_tick_period(reader: GatedReader, device: Device, clock: Clock, *, du
     while clock.now_s() < ends_s:
         found = find_tick(reader, device, clock, timeout_s=min(TIMEOUT_S, ends_s - clock.now_s()))
         if found.t_s is None:
-            if found.reason is None or not found.reason.startswith("tick_timeout"):
+            if not found.timed_out:
                 return None
             continue
         ticks.append(found.t_s)
