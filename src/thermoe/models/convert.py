@@ -93,7 +93,7 @@ def convert_to_moe(
         top_k: experts per token; ``None`` is half of E for "partition" and 1 for "copy".
         method: "partition" or "copy"; see the module's text.
         layers: positions of the blocks to convert; ``None`` is all.
-        gate: how combine weights are formed; ``None`` is "gain" for "partition" and "renormalized" for "copy", with
+        gate: how combine weights are formed; ``None`` is "ramped" for "partition" and "renormalized" for "copy", with
             which the conversion is exact at the start.
         router: a registered router name.
         router_options: passed to the router.
@@ -124,7 +124,7 @@ def convert_to_moe(
             accepted=f"an integer from 1 to {num_experts}",
             fix="lower top_k or raise num_experts",
         )
-    gate = gate or ("gain" if method == "partition" else "renormalized")
+    gate = gate or ("ramped" if method == "partition" else "renormalized")
     entry = {"name": router, "top_k": top_k, "options": {"gate": gate, **router_options}}
     fields = {key: value for key, value in dense_config.to_dict().items() if key not in ("model_type", "architectures")}
     config = MoEGPT2Config(

@@ -113,8 +113,7 @@ class _MoEWeights:
                     init.zeros_(bias)
         elif isinstance(module, Router):
             init.normal_(module.weight, std=0.02 * (768 / module.hidden_size) ** 0.5)
-            if module.gain is not None:
-                init.zeros_(module.gain)
+            init.zeros_(module.ramp)
         elif isinstance(module, MoELayer):
             if module.output_bias is not None:
                 init.zeros_(module.output_bias)

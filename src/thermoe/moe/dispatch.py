@@ -121,9 +121,7 @@ def run_loop(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Exper
     for e, end in enumerate(ends):
         if end == start:
             continue
-        up = F.linear(
-            x_RD[start:end], experts.up_weight[e], None if experts.up_bias is None else experts.up_bias[e]
-        )
+        up = F.linear(x_RD[start:end], experts.up_weight[e], None if experts.up_bias is None else experts.up_bias[e])
         outputs.append(
             F.linear(
                 experts.activate(up),

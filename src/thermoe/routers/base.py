@@ -19,8 +19,8 @@ from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.registry import Registry
 from thermoe.routers.fast_weights import FastWeights
 
-Gate = Literal["renormalized", "probability", "unit", "gain"]
-GATES: tuple[Gate, ...] = ("renormalized", "probability", "unit", "gain")
+Gate = Literal["renormalized", "probability", "ramped"]
+GATES: tuple[Gate, ...] = ("renormalized", "probability", "ramped")
 
 ROUTERS: Registry[type[Router]] = Registry("router", "thermoe.routers")
 
@@ -33,13 +33,14 @@ class Router(nn.Module):
         num_experts: E.
         top_k: most experts per token, K.
         gate: how the combine weight of a selected expert follows from its probability p:
-            "renormalized" p / sum over the selection (Mixtral); "probability" p (Switch Transformer); "unit" 1, with
-            the gradient of log p passed straight through; "gain" 1 + g_e * (E * p - 1) with a learned g_e that starts
-            at 0, so that a converted model starts exact (after CMoE, arXiv 2502.04416).
+            "renormalized" p / sum over the selection (Mixtral); "probability" p (Switch Transformer); "ramped"
+            (1 - m) * 1 + m * E * p, where m is the buffer `ramp`. At m = 0 every weight is exactly 1, which makes a
+            partitioned dense network exact, and the router still learns, because the 1 carries the gradient of log p;
+            recovery training takes m to 1, where the gate follows the router in full.
 
     Attributes:
         weight: (E, D), the slow router.
-        gain: (E,), with the gate "gain" only.
+        ramp: scalar buffer m of the gate "ramped".
         fast: what test-time training moves, or ``None``.
         active_top_k: when set, an integer of at most ``top_k`` used instead of it (random k in recovery training).
 
@@ -65,7 +66,8 @@ class Router(nn.Module):
         self.gate: Gate = gate
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02 * (768 / hidden_size) ** 0.5)
-        self.gain = nn.Parameter(torch.zeros(num_experts)) if gate == "gain" else None
+        self.ramp: Tensor
+        self.register_buffer("ramp", torch.zeros(()))
         self.fast: FastWeights | None = None
         self.active_top_k: int | None = None
 
@@ -98,12 +100,9 @@ class Router(nn.Module):
             return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
         if self.gate == "probability":
             return torch.where(live, p, 0)
-        if self.gate == "unit":
-            log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-            return torch.where(live, 1 + (log_p - log_p.detach()), 0)
-        assert self.gain is not None
-        gain = F.pad(self.gain, (0, 1))[expert_index]
-        return torch.where(live, 1 + gain * (self.num_experts * p - 1), 0)
+        log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+        one = 1 + (log_p - log_p.detach())
+        return torch.where(live, (1 - self.ramp) * one + self.ramp * self.num_experts * p, 0)
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> RoutingDecision:
         """Route T tokens.

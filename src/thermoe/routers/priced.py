@@ -243,3 +243,33 @@ class PricedRouter(TopKRouter):
         )
         opened_GE = open_experts(u, real, self.price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
         return opened_GE.unsqueeze(0).expand(batch, -1, -1).reshape(batch * length, -1)
+
+
+def price_for_pairs(probabilities: Sequence[Tensor], *, k_min: int, k_max: int, pairs_frac: float) -> float:
+    """Return the lowest price at which a share of the baseline's token-expert pairs is left (no opening costs).
+
+    Per token the best k_max experts stay while p > price, and k_min in any case, so that the price is a quantile of the
+    probabilities of the optional pairs.
+
+    Args:
+        probabilities: (T, E) per layer, from held-out text.
+        k_min: experts every token keeps.
+        k_max: the baseline's experts per token.
+        pairs_frac: share of T * k_max pairs to keep, in (0, 1].
+
+    Raises:
+        RoutingError: no price leaves so few pairs, because k_min is more.
+    """
+    if pairs_frac * k_max < k_min:
+        raise RoutingError(
+            f"a share of {pairs_frac} of {k_max} experts is fewer than k_min {k_min}",
+            where="price.pairs_frac",
+            accepted=f"{k_min / k_max:.3f} to 1",
+        )
+    optional = torch.cat([p.topk(k_max, -1).values[:, k_min:].flatten().float() for p in probabilities])
+    if pairs_frac >= 1 or not optional.numel():
+        return 0.0
+    keep = round((pairs_frac * k_max - k_min) / (k_max - k_min) * optional.numel())
+    ordered = optional.sort(descending=True).values
+    # An expert is used while p > price: at the price p_(keep+1) exactly `keep` optional pairs are left.
+    return float(ordered[min(keep, ordered.numel() - 1)])

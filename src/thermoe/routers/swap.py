@@ -71,7 +71,7 @@ def set_router(
 ) -> dict[str, Router]:
     """Give MoE layers another router, in place, and return what was replaced.
 
-    A router built by name takes over the slow weights, the learned gains, the fast weights, the number of experts per
+    A router built by name takes over the slow weights, the gate's ramp, the fast weights, the number of experts per
     token and every option that it shares with the old one, so that only the way of choosing changes. To undo, hand the
     returned dictionary back.
 
@@ -129,10 +129,8 @@ def _successor(layer: MoELayer, name: str, options: Mapping[str, Any]) -> Router
     new.to(device=old.weight.device, dtype=old.weight.dtype)
     with torch.no_grad():
         new.weight.copy_(old.weight)
-        if new.gain is not None and old.gain is not None:
-            new.gain.copy_(old.gain)
-    for mine, theirs in zip(new.parameters(), old.parameters(), strict=False):
-        mine.requires_grad_(theirs.requires_grad)
+        new.ramp.copy_(old.ramp)
+    new.weight.requires_grad_(old.weight.requires_grad)
     new.fast = old.fast
     new.active_top_k = old.active_top_k
     return new

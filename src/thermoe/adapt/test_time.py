@@ -1,0 +1,184 @@
+"""Test-time training of the routers: each batch is scored, then the fast weights take one step on its next-token loss.
+
+The order is prequential, score before learning, so that the reported loss is never that of text already learned from.
+Only fast weights (`routers/fast_weights.py`) move: no other parameter gets a gradient or an optimiser state. Selection is
+piecewise constant, so the gradient reaches the router through the combine weights of the chosen experts. After a step the
+fast weights are multiplied by `anchor`, which pulls them back to the trained router (decay as in dynamic evaluation,
+arXiv 1904.08378); a loss or gradient that is not finite resets them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thermoe.errors import ConfigError, RoutingError
+from thermoe.evaluation import sequence_nll
+from thermoe.moe.layer import moe_layers
+from thermoe.routers.base import Router
+from thermoe.routers.fast_weights import FastWeights
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptStep:
+    """One batch: what it scored before learning, and what learning did.
+
+    Args:
+        sequence_nll: float32 (B,), nats per sequence, scored before the update.
+        learned: whether the fast weights moved.
+        reason: why not, when they did not.
+        change_norm: Euclidean norm of the change of all fast weights; 0 when nothing moved.
+    """
+
+    sequence_nll: Tensor
+    learned: bool
+    reason: str | None
+    change_norm: float
+
+
+class RouterAdapter:
+    """Adapts the routers of a model to the text it reads; a context manager that leaves the model as it was.
+
+    Args:
+        model: a causal language model with MoE layers.
+        lr: step size of AdamW on the fast weights.
+        anchor: factor on the fast weights after each step, in (0, 1]; 1 is no pull.
+        max_grad_norm: gradients are scaled down to this norm.
+        bias_only: adapt a bias per expert instead of the full router.
+
+    Raises:
+        RoutingError: the model has no MoE layer, or is being adapted already.
+        ConfigError: ``lr`` or ``anchor`` is outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = 1e-2,
+        anchor: float = 0.99,
+        max_grad_norm: float = 1.0,
+        bias_only: bool = False,
+    ) -> None:
+        if not 0 <= lr < float("inf"):
+            raise ConfigError(f"lr is {lr}", where="adapt.lr", accepted="a finite number of at least 0")
+        if not 0 < anchor <= 1:
+            raise ConfigError(f"anchor is {anchor}", where="adapt.anchor", accepted="a number above 0 and at most 1")
+        self.model = model
+        self.lr, self.anchor, self.max_grad_norm = lr, anchor, max_grad_norm
+        self.updates = 0
+        self.resets = 0
+        self._routers = self._attach(bias_only)
+        self._frozen = {p for p in model.parameters() if p.requires_grad} - set(self.parameters())
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._optimizer = self._new_optimizer()
+
+    def _attach(self, bias_only: bool) -> dict[str, Router]:
+        routers = {name: layer.router for name, layer in moe_layers(self.model) if isinstance(layer.router, Router)}
+        if not routers:
+            raise RoutingError(
+                "the model has no MoE layer whose router could learn",
+                where=type(self.model).__name__,
+                accepted="a model with thermoe routers",
+                fix="convert it first: thermoe.convert_to_moe(model)",
+            )
+        for name, router in routers.items():
+            if router.fast is not None:
+                raise RoutingError(
+                    "the router has fast weights already",
+                    where=name,
+                    accepted="one adapter per model at a time",
+                    fix="close the first adapter",
+                )
+        for router in routers.values():
+            fast = FastWeights(router.hidden_size, router.num_experts, bias_only=bias_only)
+            router.fast = fast.to(router.weight.device)
+        return routers
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return every fast weight, layer by layer."""
+        return [p for router in self._routers.values() if router.fast is not None for p in router.fast.parameters()]
+
+    def score_and_learn(self, input_ids: Tensor) -> AdaptStep:
+        """Score int64 (B, S) token ids with the present fast weights, then learn from them."""
+        with torch.enable_grad():
+            logits = self.model(input_ids).logits
+            nll = sequence_nll(logits, input_ids)
+            loss = nll.sum() / (input_ids.shape[0] * (input_ids.shape[1] - 1))
+            scored = nll.detach()
+            if not bool(torch.isfinite(loss)):
+                return self._refuse(scored, "the loss is not finite")
+            parameters = self.parameters()
+            gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            return self._refuse(scored, "the gradient is not finite")
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        before = [p.detach().clone() for p in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * scale
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(self.anchor)
+            change = torch.nn.utils.get_total_norm([p - b for p, b in zip(parameters, before, strict=True)])
+        moved = float(change)
+        self.updates += moved > 0
+        return AdaptStep(scored, moved > 0, None if moved > 0 else "the step was zero", moved)
+
+    def _refuse(self, scored: Tensor, reason: str) -> AdaptStep:
+        self.reset()
+        self.resets += 1
+        return AdaptStep(scored, False, f"{reason}; the fast weights were reset", 0.0)
+
+    def reset(self) -> None:
+        """Return to the trained router exactly, and forget the optimiser's moments."""
+        for router in self._routers.values():
+            if router.fast is not None:
+                router.fast.reset()
+        self._optimizer = self._new_optimizer()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return fast weights, optimiser state and counters."""
+        return {
+            "fast": {
+                name: router.fast.state_dict() for name, router in self._routers.items() if router.fast is not None
+            },
+            "optimizer": self._optimizer.state_dict(),
+            "updates": self.updates,
+            "resets": self.resets,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state returned by `state_dict`."""
+        for name, fast in state["fast"].items():
+            module = self._routers[name].fast
+            assert module is not None
+            module.load_state_dict(fast)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.updates, self.resets = state["updates"], state["resets"]
+
+    def close(self) -> None:
+        """Take the fast weights off; the model is as it was before. May be called twice."""
+        for router in self._routers.values():
+            router.fast = None
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = set()
+
+    def __enter__(self) -> RouterAdapter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,160 @@
+"""The command line: thin, with heavy imports inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thermoe import __version__
+from thermoe.errors import ThermoeError
+
+app = typer.Typer(
+    name="thermoe",
+    help="Mixture-of-Experts language models that route by the joule.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_state = {"debug": False}
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"thermoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder; must be new or empty.")] = Path("runs/demo"),
+    preset: Annotated[
+        str, typer.Option(help="Which configuration to start from: demo (minutes) or smoke (seconds).")
+    ] = "demo",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    telemetry: Annotated[
+        str | None, typer.Option(help="Telemetry source: auto, off, or a name; simulated is never chosen by itself.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run in the same folder.")] = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print every setting and stop.")] = False,
+) -> None:
+    """Convert, route, train, adapt and compare on real text, and write a report.
+
+    Trains a small dense GPT-2 on the embedded prose, converts it to a Mixture-of-Experts, and reads the stream
+    prose -> code -> prose with the dense model, the baseline router, the energy-aware router, and the energy-aware
+    router with test-time training. Needs no network.
+    """
+    import yaml
+
+    from thermoe.compare.spec import load_spec
+
+    overrides = list(set_ or [])
+    if device is not None:
+        overrides.append(f"device={device}")
+    if telemetry is not None:
+        overrides.append(f"telemetry={telemetry}")
+    spec = load_spec(preset, overrides)
+    if show_config:
+        typer.echo(yaml.safe_dump(spec.as_dict(), sort_keys=False).rstrip())
+        return
+    _quiet_libraries()
+    from rich.console import Console
+
+    from thermoe.compare.progress import Reporter
+    from thermoe.compare.runner import run_comparison
+    from thermoe.report import build_report, summary_table
+
+    console = Console()
+    reporter = Reporter(console)
+    reporter.say(
+        "This trains a small GPT-2 on prose, converts it to a Mixture-of-Experts, and compares four ways to run it on "
+        "prose, then code, then prose again.\n"
+    )
+    run = run_comparison(spec, out, command="demo", resume=resume, reporter=reporter)
+    report = build_report(run.path)
+    console.print()
+    console.print(summary_table(run.path, width=console.width))
+    for row in run.rows("verdict"):
+        mark = {True: "[green]yes[/green]", False: "[red]no[/red] ", None: "-  "}[row["holds"]]
+        reporter.say(f"{mark} {row['text']}")
+    reporter.say(f"\nreport: {report}\nrows:   {run.path / 'rows.jsonl'}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html again from a run folder alone."""
+    from rich.console import Console
+
+    from thermoe.report import build_report, summary_table
+
+    path = build_report(run)
+    console = Console()
+    console.print(summary_table(run, width=console.width))
+    console.print(f"report: {path}", highlight=False)
+
+
+_KINDS = {
+    "routers": ("thermoe.routers.swap", "ROUTERS"),
+    "losses": ("thermoe.moe.losses", "LOSSES"),
+    "sources": ("thermoe.telemetry.source", "SOURCES"),
+    "arms": ("thermoe.compare.arms", "ARMS"),
+    "families": ("thermoe.models.families", "FAMILIES"),
+    "presets": ("thermoe.compare.spec", "preset_names"),
+}
+
+
+@app.command(name="list")
+def list_(kind: Annotated[str, typer.Argument(help="routers, losses, sources, arms, families or presets.")]) -> None:
+    """List what a name may be."""
+    from importlib import import_module
+
+    from thermoe.errors import UnknownNameError
+
+    if kind not in _KINDS:
+        raise UnknownNameError.of("kind of thing to list", kind, _KINDS, where="thermoe list")
+    module, attribute = _KINDS[kind]
+    found = getattr(import_module(module), attribute)
+    for name in found() if callable(found) else found:
+        typer.echo(name)
+
+
+def _quiet_libraries() -> None:
+    """Leave the screen to our own progress bars."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch.utils.data")
+
+
+def main() -> None:
+    """Run the command line; print an error as one message and exit 2 (usage) or 3 (this machine)."""
+    try:
+        app()
+    except ThermoeError as error:
+        if _state["debug"]:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; take the run up again with --resume", err=True)
+        sys.exit(130)

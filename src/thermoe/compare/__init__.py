@@ -1,0 +1,1 @@
+"""Comparisons: arms on the same stream, paired statistics, verdicts."""

@@ -1,0 +1,43 @@
+"""What a person sees while a comparison runs: a line per stage, and a bar while it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Prints stages to a console and keeps how long each took.
+
+    Attributes:
+        durations_s: by stage title.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.durations_s: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar while the stage runs; yields a function that takes the number of steps done."""
+        started = time.monotonic()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda done: progress.update(task, completed=done)
+        self.durations_s[title] = time.monotonic() - started
+        self.say(f"[green]done[/green] {title} ({self.durations_s[title]:.1f} s)")
