@@ -164,7 +164,7 @@ class Plant:
         self._history: deque[tuple[float, float]] = deque([(self.tick_s, 0.0)], maxlen=36000)
         self._second: deque[float] = deque(maxlen=max(1, round(1.0 / self.board.counter_period_s)) * SUBSTEPS)
         self._fired: set[Fault] = set()
-        self.sensors = SensorState(energy_j=draw.uniform(1e3, 1e6))
+        self.sensors = SensorState(energy_j=draw.randint(1_000_000, 1_000_000_000) * 1e-3)
 
     def active(self, kind: FaultKind, t_s: float) -> Fault | None:
         """Return the fault of ``kind`` that is present at ``t_s``."""

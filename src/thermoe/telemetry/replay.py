@@ -29,7 +29,9 @@ _LOG = logging.getLogger("thermoe.telemetry")
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
     """Return a sample as JSON can hold it, without what is empty."""
-    row = {name: value for name, value in asdict(sample).items() if value not in (None, {}, False)}
+    # Told apart by identity: a count of 0 equals False and must be kept.
+    row = {name: value for name, value in asdict(sample).items() if value is not None and value is not False}
+    row = {name: value for name, value in row.items() if value != {}}
     if sample.throttle_reasons is not None:
         row["throttle_reasons"] = sorted(sample.throttle_reasons)
     return row

@@ -22,9 +22,14 @@ TIMEOUT_S = 0.25
 READ_SPACING_S = 0.004
 #: A phase-locked reading comes this long after the predicted tick.
 GUARD_S = 0.007
+#: A prediction is checked after this long at first, then after half the time watched so far, and at last every minute.
 FIRST_CHECK_S = 10.0
 CHECK_EVERY_S = 60.0
 CHECK_READS = 3
+#: Time between the readings of a check: three of them bracket a step that is up to this far from where it was expected.
+CHECK_SPACING_S = 0.006
+#: No two quartz clocks run further apart than this.
+MAX_DRIFT = 200e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ def find_tick(
     *,
     max_reads: int = MAX_READS,
     timeout_s: float = TIMEOUT_S,
+    spacing_s: float = READ_SPACING_S,
     stop: threading.Event | None = None,
 ) -> TickSearch:
     """Read ``device`` until its energy counter changes; at most ``max_reads`` readings and ``timeout_s`` seconds."""
@@ -83,7 +89,7 @@ def find_tick(
             break
         if stop is not None and stop.is_set():
             return TickSearch(None, 0.0, sample, reads, "the search for a tick was called off", True)
-        clock.sleep_s(READ_SPACING_S - (clock.now_s() - called_s))
+        clock.sleep_s(spacing_s - (clock.now_s() - called_s))
     waited_s = clock.now_s() - started_s
     reason = f"tick_timeout: the counter did not change in {waited_s:.2f} s"
     return TickSearch(None, 0.0, sample, max_reads, reason, True)
@@ -124,7 +130,7 @@ class PhaseLock:
         self.note: str | None = None
         self._clock = clock
         self._tick_s: float | None = None
-        self._first_s = 0.0
+        self._seen: list[tuple[int, float]] = []
         self._check_at_s = 0.0
 
     @property
@@ -138,7 +144,8 @@ class PhaseLock:
         if found.t_s is None:
             self.note = f"sampling is not locked to the counter ({found.reason})"
             return
-        self._tick_s = self._first_s = found.t_s
+        self._tick_s = found.t_s
+        self._seen = [(0, found.t_s)]
         self._check_at_s = found.t_s + FIRST_CHECK_S
 
     def last_tick_before(self, t_s: float) -> float | None:
@@ -161,15 +168,26 @@ class PhaseLock:
         if self._tick_s is None or self._clock.now_s() < self._check_at_s:
             return
         predicted_s = (self.last_tick_before(self._clock.now_s() + 0.01) or 0.0) + self.period_s
-        self._clock.sleep_s(predicted_s - 1.5 * READ_SPACING_S - self._clock.now_s())
-        found = find_tick(reader, self.device, self._clock, max_reads=CHECK_READS)
+        self._clock.sleep_s(predicted_s - CHECK_SPACING_S - 0.5 * READ_SPACING_S - self._clock.now_s())
+        found = find_tick(reader, self.device, self._clock, max_reads=CHECK_READS, spacing_s=CHECK_SPACING_S)
         if found.t_s is None:
             self._tick_s = None
             self.note = "sampling lost its lock on the counter; it goes on unlocked"
             reader.warn_once(f"lock:{self.device.uuid}", self.note)
             return
-        periods = round((found.t_s - self._first_s) / self.period_s)
-        if periods > 0:
-            self.period_s = (found.t_s - self._first_s) / periods
-        self._tick_s = found.t_s
-        self._check_at_s = found.t_s + CHECK_EVERY_S
+        self._seen.append((self._seen[-1][0] + round((found.t_s - self._seen[-1][1]) / self.period_s), found.t_s))
+        self._fit()
+        watched_s = found.t_s - self._seen[0][1]
+        self._check_at_s = found.t_s + min(CHECK_EVERY_S, max(FIRST_CHECK_S, 0.5 * watched_s))
+
+    def _fit(self) -> None:
+        """Fit the steps seen so far to a straight line: one found step is only known to a few milliseconds."""
+        self._seen = self._seen[-32:]
+        count = len(self._seen)
+        mean_n = math.fsum(n for n, _ in self._seen) / count
+        mean_t = math.fsum(t for _, t in self._seen) / count
+        spread = math.fsum((n - mean_n) ** 2 for n, _ in self._seen)
+        slope_s = math.fsum((n - mean_n) * (t - mean_t) for n, t in self._seen) / spread
+        nominal_s = self.device.counter_period_s
+        self.period_s = min(max(slope_s, nominal_s * (1 - MAX_DRIFT)), nominal_s * (1 + MAX_DRIFT))
+        self._tick_s = mean_t + self.period_s * (self._seen[-1][0] - mean_n)
