@@ -23,7 +23,7 @@ _PUBLIC = {
     "CostModel": "thermoe.energy.cost_model",
     "routing_accuracy": "thermoe.evaluation",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

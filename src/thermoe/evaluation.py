@@ -5,10 +5,12 @@ is, the loss of sending token t to the set S is the relative error of the layer'
 
     l_t(S) = |y_t - y_t(S)|^2 / |y_t|^2,     y_t(S) = sum_{e in S} w_e(S) E_e(x_t),
 
-with y_t the output of all experts under the same gate. Through the Gram matrix G_ef = <E_e, E_f> every subset of the
-same size can be tried exactly. The headline figure is tolerant (a set counts as right when its loss is within tau of the
-best) and chance-corrected: 0 is a random choice of as many experts, 1 the oracle. This oracle is local: it sees one
-layer, not the loss of the whole model.
+with y_t the output of all experts. The weights w are those of the trained router without fast weights, for every arm,
+so that the yardstick stays the same while a router adapts and nothing but the choice of experts is judged. Through the
+Gram matrix G_ef = <E_e, E_f> every subset of the same size can be tried exactly. The headline figure is tolerant (a set
+counts as right when its loss is within tau of the best) and chance-corrected: 0 is a random choice of as many experts,
+1 the oracle. This oracle is local: it sees one layer, not the loss of the whole model; a router that adapts to the
+next-token loss may leave it behind and be right.
 
 Shape letters: T tokens, E experts, K slots, N subsets, D model width.
 """
@@ -98,7 +100,7 @@ def subset_losses(outputs_ETD: Tensor, probabilities: Tensor, router: Router, su
 
     Args:
         outputs_ETD: each expert's unweighted output.
-        probabilities: (T, E).
+        probabilities: (T, E), of the gate that weights the experts.
         router: gives the combine weights of a subset.
         subsets_NK: int64 (N, K) expert ids.
     """
@@ -125,7 +127,7 @@ class _Judge:
         experts = layer.experts.num_experts
         self.subsets = {
             k: torch.tensor(list(combinations(range(experts), k)))
-            for k in range(1, layer.router.top_k + 1)  # type: ignore[operator, arg-type]
+            for k in range(1, layer.router.top_k + 1)  # type: ignore[operator]
         }
         self.sums = dict.fromkeys(("tolerant", "tolerant_chance", "overlap", "overlap_chance", "regret", "tokens"), 0.0)
 
@@ -137,6 +139,7 @@ class _Judge:
         assert isinstance(router, Router)
         chosen = self._choose(x_TD, decision.expert_index)
         outputs = self.layer.experts.forward_all(x_TD).float()
+        yardstick = torch.softmax(router.slow_scores(x_TD), dim=-1)
         sizes = (chosen < decision.num_experts).sum(-1)
         for k, subsets in self.subsets.items():
             of_size = sizes == k
@@ -144,7 +147,7 @@ class _Judge:
                 continue
             self._add_size(
                 outputs[:, of_size],
-                decision.probabilities[of_size],
+                yardstick[of_size],
                 chosen[of_size],
                 subsets.to(x_TD.device),
                 router,

@@ -30,7 +30,7 @@ def weakest_provenance(parts: Iterable[Provenance | None]) -> Provenance | None:
 
 
 def _plain(value: Any) -> Any:
-    """Make a value JSON can hold: NaN and infinities become strings, so that a reader sees them and no parser breaks."""
+    """Make a value JSON can hold: NaN and infinities become strings, which a reader sees and a parser survives."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """Training on the Hugging Face Trainer: auxiliary losses, random k, the gate's ramp, and a stop at the first bad loss.
 
 `train_language_model` serves both the dense model and recovery training after conversion. In recovery, each layer draws
-its number of experts anew at every step (a router trained at one k degrades when k moves, arXiv 2509.26520), and the gate
-"ramped" goes from its exact start (0) to the learned gate (1) over the first part of the run.
+its number of experts anew at every step (a router trained at one k degrades when k moves, arXiv 2509.26520), and the
+gate "ramped" goes from its exact start (0) to the learned gate (1) over the first part of the run.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _routers(model: nn.Module) -> list[Router]:
 
 
 class _Schedule(TrainerCallback):
-    """Sets random k and the gate's ramp before every step, from the step number alone, so that a resumed run repeats."""
+    """Sets random k and the gate's ramp from the step number alone, so that a resumed run repeats."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
         self.routers = _routers(model)

@@ -1,10 +1,10 @@
 """Test-time training of the routers: each batch is scored, then the fast weights take one step on its next-token loss.
 
 The order is prequential, score before learning, so that the reported loss is never that of text already learned from.
-Only fast weights (`routers/fast_weights.py`) move: no other parameter gets a gradient or an optimiser state. Selection is
-piecewise constant, so the gradient reaches the router through the combine weights of the chosen experts. After a step the
-fast weights are multiplied by `anchor`, which pulls them back to the trained router (decay as in dynamic evaluation,
-arXiv 1904.08378); a loss or gradient that is not finite resets them.
+Only fast weights (`routers/fast_weights.py`) move: no other parameter gets a gradient or an optimiser state. Selection
+is piecewise constant, so the gradient reaches the router through the combine weights of the chosen experts. After a
+step the fast weights are multiplied by `anchor`, which pulls them back to the trained router (decay as in dynamic
+evaluation, arXiv 1904.08378); a loss or gradient that is not finite resets them.
 """
 
 from __future__ import annotations

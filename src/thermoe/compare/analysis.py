@@ -39,11 +39,10 @@ def _sequence_nll(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[
 
 
 def _ratio(rows: Sequence[dict[str, Any]], top: str, bottom: str) -> float | None:
-    values = [(row.get(top), row[bottom]) for row in rows]
-    if not values or any(value is None for value, _ in values):
+    total = sum(float(row[bottom]) for row in rows)
+    if not total or any(row.get(top) is None for row in rows):
         return None
-    total = sum(below for _, below in values)
-    return sum(value for value, _ in values) / total if total else None
+    return sum(float(row[top]) for row in rows) / total
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -190,10 +189,10 @@ def _verdicts(
                 before, after = (summary[name]["ppl"]["code"]["value"] for name in (against, arm))
                 said.append(
                     (
-                        f"On code, which the model was never trained on, test-time training of the routers moved the "
-                        f"perplexity from {before:.0f} to {after:.0f} ({row['diff']:+.3f} nats per token, 95 % interval "
-                        f"{row['lo']:+.3f} to {row['hi']:+.3f}; scored before learning), {titles[arm]} against "
-                        f"{titles[against]}.",
+                        "On code, which the model was never trained on, test-time training of the routers moved the "
+                        f"perplexity from {before:.0f} to {after:.0f} ({row['diff']:+.3f} nats per token, 95 % "
+                        f"interval {row['lo']:+.3f} to {row['hi']:+.3f}; scored before learning), {titles[arm]} "
+                        f"against {titles[against]}.",
                         row["hi"] < 0,
                     )
                 )

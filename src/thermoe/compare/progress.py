@@ -36,7 +36,7 @@ class Reporter:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=total)
             yield lambda done: progress.update(task, completed=done)
         self.durations_s[title] = time.monotonic() - started

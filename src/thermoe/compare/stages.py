@@ -21,8 +21,9 @@ from thermoe.compare.spec import CompareSpec
 from thermoe.evaluation import perplexity
 from thermoe.models.convert import convert_to_moe
 from thermoe.models.gpt2 import MoEGPT2LMHeadModel
-from thermoe.moe.layer import collect_routing
+from thermoe.moe.layer import collect_routing, moe_layers
 from thermoe.results import RunFolder
+from thermoe.routers.base import Router
 from thermoe.routers.priced import price_for_pairs
 from thermoe.runtime import seed_everything
 from thermoe.training import TrainSettings, train_language_model
@@ -168,7 +169,7 @@ def prepare_dense(spec: CompareSpec, corpus: Corpus, device: str, run: RunFolder
         bos_token_id=end,
         eos_token_id=end,
     )
-    model = GPT2LMHeadModel(config).to(device)  # type: ignore[arg-type]
+    model = GPT2LMHeadModel(config).to(device)
     settings = spec.training
     settings.seed = spec.seed
     _train(model, corpus.train_rows, settings, "dense", run, report, "train a dense GPT-2 on prose")
@@ -242,13 +243,11 @@ def prepare_moe(
 
 def model_size(model: nn.Module) -> dict[str, int]:
     """Return all parameters, and those that work on one token (top_k experts of each MoE layer)."""
-    from thermoe.moe.layer import moe_layers
-
     total = sum(p.numel() for p in model.parameters())
-    idle = sum(
-        layer.experts.parameters_per_expert * (layer.experts.num_experts - int(layer.router.top_k))  # type: ignore[arg-type]
-        for _, layer in moe_layers(model)
-    )
+    idle = 0
+    for _, layer in moe_layers(model):
+        assert isinstance(layer.router, Router)
+        idle += layer.experts.parameters_per_expert * (layer.experts.num_experts - layer.router.top_k)
     return {"parameters": total, "active_parameters": total - idle}
 
 

@@ -2,12 +2,12 @@
 
     E_forward = open_j_per_byte * (bytes of weights read) + pair_j_per_flop * (floating-point operations)
 
-A dense part is read once per forward; an expert is read when at least one token uses it; each token-expert pair costs its
-operations. The prior was fitted to energy-counter readings of one NVIDIA H200 running Mixture-of-Experts layers of the
-OLMoE shape (64 experts of 2048 x 1024, gated, bfloat16, grouped products in CUDA graphs): 2.89 mJ per opened expert of
-12.6 MB and 0.028 mJ per token-expert pair of 12.6 MFLOP. These are gross marginal costs: the static power of the time
-that the work takes is part of them. On any other machine, and for any other shape, the result is an estimate, and it
-always says so. Experts of the same shape share one cost.
+A dense part is read once per forward; an expert is read when at least one token uses it; each token-expert pair costs
+its operations. The prior was fitted to energy-counter readings of one NVIDIA H200 running Mixture-of-Experts layers of
+the OLMoE shape (64 experts of 2048 x 1024, gated, bfloat16, grouped products in CUDA graphs): 2.89 mJ per opened expert
+of 12.6 MB and 0.028 mJ per token-expert pair of 12.6 MFLOP. These are gross marginal costs: the static power of the
+time that the work takes is part of them. On any other machine, and for any other shape, the result is an estimate, and
+it always says so. Experts of the same shape share one cost.
 
 What it leaves out: attention scores, normalisation, activations, kernel launches. Launches dominate in small models run
 without CUDA graphs, so for these it says how work compares, not what a meter would read.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from thermoe.moe.layer import moe_layers
 from thermoe.results import Provenance
@@ -58,7 +59,8 @@ class ModelWork:
         Matrices outside the experts count once; a tied embedding counts as the output projection it is; embedding
         look-ups that are not tied, norms and biases are left out.
         """
-        layers, expert_parameters = [], set()
+        layers: list[LayerWork] = []
+        expert_parameters: set[int] = set()
         for _, layer in moe_layers(model):
             experts = layer.experts
             expert_parameters.update(id(p) for p in experts.parameters())
@@ -69,7 +71,7 @@ class ModelWork:
                     experts.flops_per_pair,
                 )
             )
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         products = {id(output.weight)} if output is not None else set()
         lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - products
         weights = sum(

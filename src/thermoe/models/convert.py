@@ -1,10 +1,10 @@
 """Dense to Mixture-of-Experts, exact at the start.
 
 - `partition` (MoEfication, arXiv 2110.01786; D2DMoE, arXiv 2310.04361): the F neurons of a feed-forward network are
-  divided among E experts. A dense output is the sum of all experts' outputs, so that k = E with unit weights is the dense
-  model; fewer experts save compute and lose some of it, which recovery training wins back.
-- `copy` (upcycling, arXiv 2212.05055): E copies of the whole network with renormalised weights: exact for every router and
-  every k, and k times the compute.
+  divided among E experts. A dense output is the sum of all experts' outputs, so that k = E with unit weights is the
+  dense model; fewer experts save compute and lose some of it, which recovery training wins back.
+- `copy` (upcycling, arXiv 2212.05055): E copies of the whole network with renormalised weights: exact for every router
+  and every k, and k times the compute.
 
 The output bias stays outside the experts and is added once per token; inside, k experts would add it k times.
 """
@@ -135,12 +135,12 @@ def convert_to_moe(
         moe_layers=chosen,
         routers={str(i): entry for i in chosen},
     )
-    converted = MoEGPT2LMHeadModel(config).to(dtype=model.dtype, device=model.device)  # type: ignore[arg-type]
+    converted = MoEGPT2LMHeadModel(config).to(dtype=model.dtype, device=model.device)
     state = {name: value for name, value in model.state_dict().items() if name in converted.state_dict()}
     converted.load_state_dict(state, strict=False)
     for i, ffn in weights.items():
         layer = converted.transformer.h[i].mlp
         assert isinstance(layer, MoELayer)
         _fill_experts(layer, ffn, method)
-    converted.generation_config = model.generation_config  # type: ignore[assignment]
+    converted.generation_config = model.generation_config
     return converted.train(model.training)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,19 +51,19 @@ class Family:
     model_type: str
     blocks: str
     ffn: str
-    read: Callable[[nn.Module, object], FFNWeights]
+    read: Callable[[Any, Any], FFNWeights]
 
 
-def _read_gpt2(ffn: nn.Module, config: object) -> FFNWeights:
+def _read_gpt2(ffn: Any, config: Any) -> FFNWeights:
     """GPT-2's Conv1D stores (in, out): c_fc (D, F), c_proj (F, D)."""
     return FFNWeights(
-        up=ffn.c_fc.weight.T,  # type: ignore[union-attr, operator]
-        up_bias=ffn.c_fc.bias,  # type: ignore[union-attr, arg-type]
+        up=ffn.c_fc.weight.T,
+        up_bias=ffn.c_fc.bias,
         gate=None,
-        down=ffn.c_proj.weight.T,  # type: ignore[union-attr, operator]
-        down_bias=ffn.c_proj.bias,  # type: ignore[union-attr, arg-type]
-        activation=config.activation_function,  # type: ignore[attr-defined]
-        dropout=config.resid_pdrop,  # type: ignore[attr-defined]
+        down=ffn.c_proj.weight.T,
+        down_bias=ffn.c_proj.bias,
+        activation=config.activation_function,
+        dropout=config.resid_pdrop,
     )
 
 

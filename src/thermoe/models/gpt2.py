@@ -1,8 +1,8 @@
 """GPT-2 with Mixture-of-Experts layers in chosen blocks, as a Hugging Face model of its own.
 
 `MoEGPT2LMHeadModel` is a subclass of transformers' `GPT2LMHeadModel`: same forward, cache, generation and weight names,
-but the `mlp` of the chosen blocks is an `MoELayer`. Its configuration holds one entry per layer with the router's name and
-options, so that a saved model comes back with the routers it had.
+but the `mlp` of the chosen blocks is an `MoELayer`. Its configuration holds one entry per layer with the router's name
+and options, so that a saved model comes back with the routers it had.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class MoEGPT2Config(GPT2Config):
         expert_bias: whether each expert has its own output bias.
         layer_bias: whether the layer adds one output bias per token.
         gated_experts: SwiGLU experts instead of GPT-2's ungated ones.
-        routers: by block position (as a string), ``{"name": ..., "top_k": ..., "options": {...}}``; missing ones are the
-            baseline.
+        routers: by block position (as a string), ``{"name": ..., "top_k": ..., "options": {...}}``; missing ones are
+            the baseline.
         thermoe_version: the version that wrote the configuration.
 
     Raises:
@@ -137,18 +137,21 @@ class MoEGPT2Model(_MoEWeights, GPT2Model):
             self.h[position].mlp = _build_layer(config, position)
         self.post_init()
 
-    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the trunk; tokens that ``attention_mask`` marks as padding are routed nowhere."""
-        mask = kwargs.get("attention_mask")
-        embeds = kwargs.get("inputs_embeds")
-        given = input_ids if input_ids is not None else embeds
-        if mask is not None and given is not None and mask.ndim == 2:
-            mask = mask[:, -given.shape[1] :].bool()  # with a cache the mask covers the past too
-        else:
-            mask = None
+        given = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        mask = None
+        if attention_mask is not None and given is not None and attention_mask.ndim == 2:
+            mask = attention_mask[:, -given.shape[1] :].bool()  # with a cache it covers the past too
         for _, layer in moe_layers(self):
             layer.padding_mask = mask
-        return super().forward(input_ids, *args, **kwargs)
+        return super().forward(input_ids, past_key_values, attention_mask, **kwargs)
 
 
 class MoEGPT2LMHeadModel(_MoEWeights, GPT2LMHeadModel):

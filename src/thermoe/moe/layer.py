@@ -78,7 +78,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last decision behind: autograd history cannot be copied or pickled."""
-        return {**super().__getstate__(), "last_routing": None, "padding_mask": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "last_routing": None, "padding_mask": None}
 
 
 class MoEBlock(nn.Module):

@@ -4,16 +4,16 @@ Computed per layer on the real (unpadded) tokens and then averaged over layers, 
 different experts do not look balanced. With P_e = mean_t p_te, f_e = n_e / sum n and sg = stop-gradient:
 
 - `switch`: E * sum_e sg(f_e) P_e (Switch Transformer, arXiv 2101.03961); 1 at balance for every k.
-- `load_std`: spread of tokens per expert, E * sum_e (P_e + sg(f_e - P_e))^2 - 1. Its value is the squared coefficient of
-  variation of the true counts; the counts themselves are piecewise constant and would give no gradient, so the gradient
-  goes through P and equals twice that of `switch`.
+- `load_std`: spread of tokens per expert, E * sum_e (P_e + sg(f_e - P_e))^2 - 1. Its value is the squared coefficient
+  of variation of the true counts; the counts themselves are piecewise constant and would give no gradient, so the
+  gradient goes through P and equals twice that of `switch`.
 - `entropy`: -(H(P) - mean_t H(p_t)), the negative mutual information: balanced over the batch and decisive per token.
   Maximising the entropy of each token instead would make the choice of experts arbitrary.
 - `kl_uniform`: KL(P || uniform) = log E - H(P), on the marginal.
 - `z_loss`: mean_t logsumexp(z_t)^2 (ST-MoE, arXiv 2202.08906).
 
-The fourth classic cure, the softmax temperature, is no loss: dividing logits leaves their ranking as it is. Ours samples
-experts in training (`temperature=` of the top-k router, Gumbel top-k).
+The fourth classic cure, the softmax temperature, is no loss: dividing logits leaves their ranking as it is. Ours
+samples experts in training (`temperature=` of the top-k router, Gumbel top-k).
 """
 
 from __future__ import annotations
@@ -125,4 +125,5 @@ def routing_loss(decisions: Iterable[RoutingDecision], terms: Mapping[str, float
     active = [(LOSSES.get(name), value) for name, value in terms.items() if value > 0]
     if not layers or not active:
         return None
-    return torch.stack([sum(value * loss(layer) for loss, value in active) for layer in layers]).mean()  # type: ignore[arg-type]
+    per_layer = [torch.stack([value * loss(layer) for loss, value in active]).sum() for layer in layers]
+    return torch.stack(per_layer).mean()

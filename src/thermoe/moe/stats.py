@@ -70,8 +70,8 @@ class StatsAccumulator:
             "forwards": torch.ones((), device=p.device),
         }
         for name, value in parts.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            new = value.detach()
+            self._sums[name] = self._sums[name] + new if name in self._sums else new
 
     def result(self) -> RoutingStats | None:
         """Return the statistics; ``None`` when nothing was counted."""

@@ -75,12 +75,18 @@ class Router(nn.Module):
         """Return the keyword arguments beyond the sizes that rebuild this router; saved with the model."""
         return {"gate": self.gate}
 
+    def slow_scores(self, x_TD: Tensor) -> Tensor:
+        """Return the float32 logits (T, E) of the trained router, without fast weights."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.float(), self.weight.float())
+
     def scores(self, x_TD: Tensor) -> Tensor:
         """Return float32 logits (T, E): slow router plus fast weights."""
+        logits = self.slow_scores(x_TD)
+        if self.fast is None:
+            return logits
         with torch.autocast(x_TD.device.type, enabled=False):
-            x = x_TD.float()
-            logits = F.linear(x, self.weight.float())
-            return logits if self.fast is None else logits + self.fast(x)
+            return logits + self.fast(x_TD.float())
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Return int64 (T, K) expert ids, E for "no expert"."""

@@ -1,18 +1,19 @@
 """The energy-aware router: an expert is used when its benefit exceeds its price times its cost.
 
-Per layer and forward, with u_te = kappa * p_te the benefit of expert e for token t, c_e the cost of a token-expert pair,
-a_e the cost of opening an expert at all, and pi the price,
+Per layer and forward, with u_te = kappa * p_te the benefit of expert e for token t, c_e the cost of a token-expert
+pair, a_e the cost of opening an expert at all, and pi the price,
 
     maximise  sum_t sum_{e in S_t} (u_te - pi c_e)  -  pi sum_e a_e [e opened],      k_min <= |S_t| <= k_max = top_k.
 
-With r = u - pi c: every token's k_min best experts are opened; another is opened when the surplus max(r, 0) of the tokens
-that would use it pays pi a_e; then an opened expert is closed again when that costs less than it saves (one pass, smallest
-surplus first); each token takes its best opened experts with r > 0. With a = 0 this is the exact maximiser per token, and
-cost falls monotonically with the price. At price 0 the selection is the baseline's own, bit for bit.
+With r = u - pi c: every token's k_min best experts are opened; another is opened when the surplus max(r, 0) of the
+tokens that would use it pays pi a_e; then an opened expert is closed again when that costs less than it saves (one
+pass, smallest surplus first); each token takes its best opened experts with r > 0. With a = 0 this is the exact
+maximiser per token, and cost falls monotonically with the price. At price 0 the selection is the baseline's own, bit
+for bit.
 
-Experts are ranked by u - pi (c - min c), which keeps the order of u in float32 however large the price is. Opening costs
-couple the tokens of a batch; they act only where each sequence contributes one position (decode), or within the groups
-of equal position when `group_by_position` asks to score a prompt as if it were decoded. Prefill stays causal.
+Experts are ranked by u - pi (c - min c), which keeps the order of u in float32 however large the price is. Opening
+costs couple the tokens of a batch; they act only where each sequence contributes one position (decode), or within the
+groups of equal position when `group_by_position` asks to score a prompt as if it were decoded. Prefill stays causal.
 
 Shape letters: T tokens, E experts, K slots, G groups, N tokens of a group.
 """

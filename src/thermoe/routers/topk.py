@@ -97,5 +97,6 @@ class TopKRouter(Router):
             return index
         if context.padding_mask is not None:  # padding must not take up an expert's places
             index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_experts)
-        capacity = expert_capacity(*index.shape, self.num_experts, factor)
+        tokens, top_k = index.shape
+        capacity = expert_capacity(tokens, top_k, self.num_experts, factor)
         return apply_capacity(index, probabilities, capacity, drop_order=self.drop_order)
