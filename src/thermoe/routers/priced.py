@@ -235,7 +235,7 @@ class PricedRouter(TopKRouter):
     def _opened_by_group(self, u_TE: Tensor, context: RoutingContext, k_min: int, k_max: int) -> Tensor:
         """Return bool (T, E): what the group of each token opened; a group is one position of every sequence."""
         batch, length = context.batch_size, context.sequence_length
-        u = u_TE.view(batch, length, -1).transpose(0, 1)
+        u = u_TE.view(batch, length, self.num_experts).transpose(0, 1)
         mask = context.padding_mask
         real = (
             torch.ones(length, batch, dtype=torch.bool, device=u.device)
@@ -243,7 +243,7 @@ class PricedRouter(TopKRouter):
             else mask.view(batch, length).transpose(0, 1)
         )
         opened_GE = open_experts(u, real, self.price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
-        return opened_GE.unsqueeze(0).expand(batch, -1, -1).reshape(batch * length, -1)
+        return opened_GE.unsqueeze(0).expand(batch, -1, -1).reshape(batch * length, self.num_experts)
 
 
 def price_for_pairs(probabilities: Sequence[Tensor], *, k_min: int, k_max: int, pairs_frac: float) -> float:
