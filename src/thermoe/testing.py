@@ -181,10 +181,14 @@ def _check_weights(build: BuildRouter) -> None:
 class _NoHostReads(TorchFunctionMode):
     """Refuses every call that would make the host wait for the device, had the tensors been on one."""
 
-    waits = frozenset(
-        "item tolist cpu numpy nonzero masked_select unique equal allclose is_nonzero "
-        "__bool__ __float__ __int__ __index__ __contains__".split()
-    )
+    waits = frozenset(("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "equal", "allclose")) | {
+        "is_nonzero",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__contains__",
+    }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

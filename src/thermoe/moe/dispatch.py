@@ -99,10 +99,11 @@ def run_dense(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Expe
 
 
 def _combine(rows: Tensor, slot: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put rows (R' <= R, D) back into their slots (R',) and sum the K slots of each token in float32, in order."""
+    """Put rows (R' <= R, D) back into their slots (R',) and sum the K slots of each token in order, in float32 or wider."""
     tokens, top_k = weights.shape
+    wide = torch.promote_types(rows.dtype, torch.float32)
     slots = torch.zeros(tokens * top_k, rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    weighted = slots.index_copy(0, slot, rows).view(tokens, top_k, -1).float() * weights.unsqueeze(-1).float()
+    weighted = slots.index_copy(0, slot, rows).view(tokens, top_k, -1).to(wide) * weights.unsqueeze(-1).to(wide)
     return weighted.sum(1).to(dtype)
 
 
