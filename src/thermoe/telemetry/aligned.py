@@ -29,6 +29,8 @@ STEPS_AHEAD = 2
 #: The search for the closing tick begins this long before it is expected.
 LEAD_S = 0.010
 JOIN_S = 2.0
+#: On a virtual clock the search is due when a step of up to this length would run past its beginning.
+LOOK_AHEAD_S = 0.05
 
 
 class AlignedWindow(OpenWindow):
@@ -58,6 +60,7 @@ class AlignedWindow(OpenWindow):
         self._thread: threading.Thread | None = None
         self._end: dict[str, Edge] = {}
         self._gpus: list[Device] = []
+        self._counted_before = 0
 
     @property
     def done(self) -> bool:
@@ -121,16 +124,26 @@ class AlignedWindow(OpenWindow):
     def _advance(self) -> None:
         """Do on the caller's thread, bit by bit, what a watching thread does; a virtual clock has none."""
         now_s = self._meter.clock.now_s()
+        counted = len(self._marks) + (self._log.steps if self._log is not None else 0)
         if self._end:
-            # One more step has been asked for since the closing tick, so that the count reaches beyond it.
-            self._done.set()
+            # Steps go on until the count reaches beyond the closing tick, or none comes any more.
+            if counted == self._counted_before or self._reach_s() >= max(edge.t_s for edge in self._end.values()):
+                self._done.set()
         elif not self._gpus:
             if now_s - self._began_s >= self._min_s:
                 self._done.set()
         elif not self._start:
             self._start = self._find_edges()
-        elif now_s >= self._closing_search_s():
+        elif now_s >= self._closing_search_s() - LOOK_AHEAD_S:
+            self._meter.clock.sleep_s(self._closing_search_s() - now_s)
             self._end = self._find_edges()
+        self._counted_before = counted
+
+    def _reach_s(self) -> float:
+        """Return when the last step counted so far finishes."""
+        if self._marks:
+            return self._marks[-1][0].time_s()
+        return self._began_s if self._log is None else self._log.last_s
 
     def _closing_search_s(self) -> float:
         """Return when to begin to look for the closing tick: just before the first one that is ``min_s`` away."""

@@ -99,7 +99,7 @@ def assemble(closing: Closing, gpu_spans: Sequence[Span], host_span: Span | None
         cpu_j, cpu_label = closing.host_power_w * duration_s, "estimated"
     idle_w, net_j, net_range = _net(closing, parts, total, duration_s, flags)
     void = total.energy_j is None
-    reason = total.reason if void else explain(flags, total.reason)
+    reason = total.reason if void else explain(set(closing.flags), total.reason)
     end = None if host_span is None else host_span.end.sample
     return EnergyWindow(
         name=closing.name,
@@ -157,7 +157,7 @@ def _gpu_total(parts: Sequence[DeviceEnergy]) -> _Total:
         "power_integral" if "power_integral" in methods else "counter",
         spread / energy_j if energy_j > 0 else None,
         "gpu board",
-        "; ".join(part.reason for part in parts if part.reason and part.method == "power_integral") or None,
+        "; ".join(dict.fromkeys(part.reason for part in parts if part.reason)) or None,
     )
 
 

@@ -44,12 +44,14 @@ class Edge:
         t_s: the time the counter's value stands for, in seconds.
         sd_s: standard deviation of that time.
         reason: why the edge cannot be used, or ``None``.
+        kind: how it was found; both ends of a window must have been found alike.
     """
 
     sample: Sample
     t_s: float
     sd_s: float
     reason: str | None = None
+    kind: EdgeMode = "direct"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +141,9 @@ def measure(span: Span, settings: Settings) -> DeviceEnergy:
     edge_fault = span.start.reason or span.end.reason
     if edge_fault is not None:
         return refused(edge_fault)
+    if span.start.kind != span.end.kind:
+        # A tick is exact and an immediate reading lags by half a period on average, so their difference would read low.
+        return refused(f"the ends of the window are of two kinds ({span.start.kind} and {span.end.kind})")
     gap_s = _widest_gap_s(span)
     if gap_s is not None:
         flags.add("gap")
@@ -204,7 +209,8 @@ def fit_slope(span: Span) -> tuple[float, float] | None:
     inside = [sample for sample in span.samples if sample.energy_j is not None]
     if len(inside) < MIN_SLOPE_SAMPLES:
         return None
-    points = [(sample.tick_s if sample.tick_s is not None else sample.t_s, sample.energy_j or 0.0) for sample in inside]
+    on_ticks = span.start.kind != "direct" and all(sample.tick_s is not None for sample in inside)
+    points = [((s.tick_s or 0.0) if on_ticks else s.t_s, s.energy_j or 0.0) for s in inside]
     points += [(span.start.t_s, span.start.sample.energy_j or 0.0), (span.end.t_s, span.end.sample.energy_j or 0.0)]
     count = len(points)
     mean_t = math.fsum(t for t, _ in points) / count

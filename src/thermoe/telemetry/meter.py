@@ -14,7 +14,7 @@ from thermoe.telemetry.aligned import AlignedWindow
 from thermoe.telemetry.assemble import NO_SENSOR, Closing, assemble
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 from thermoe.telemetry.devices import select_devices
-from thermoe.telemetry.evaluate import REPEATABILITY_REL_SD, Edge, Settings, Span, direct_edge
+from thermoe.telemetry.evaluate import REPEATABILITY_REL_SD, UNIFORM_SD, Edge, Settings, Span, direct_edge
 from thermoe.telemetry.gate import GatedReader
 from thermoe.telemetry.open_window import OpenWindow
 from thermoe.telemetry.sampler import Sampler, checked_period
@@ -339,7 +339,9 @@ class EnergyMeter:
                 empty = Sample.empty(device, start_s, ("energy_j", "cpu_energy_j", "dram_energy_j"), reason)
                 started[device.uuid] = ended[device.uuid] = Edge(empty, start_s, 0.0, reason)
             else:
-                started[device.uuid], ended[device.uuid] = (_sampled_edge(device, s) for s in (found[0], found[-1]))
+                on_ticks = found[0].tick_s is not None and found[-1].tick_s is not None
+                edge = _tick_edge if on_ticks else direct_edge
+                started[device.uuid], ended[device.uuid] = edge(device, found[0]), edge(device, found[-1])
         return started, ended
 
     def close_window(
@@ -381,11 +383,10 @@ class EnergyMeter:
         return Span(device=device, start=start, end=end, samples=samples, edges=edges, sampler_period_s=period_s)
 
 
-def _sampled_edge(device: Device, sample: Sample) -> Edge:
-    if sample.tick_s is None:
-        return direct_edge(device, sample)
-    # The reading followed a predicted step: it stands for that step, give or take the guard and one call.
-    return Edge(sample, sample.tick_s, (sample.t_s - sample.tick_s + sample.read_latency_s) / 12**0.5)
+def _tick_edge(device: Device, sample: Sample) -> Edge:
+    """Return the edge of a reading that followed a predicted step: it stands for that step, give or take one call."""
+    tick_s = sample.t_s if sample.tick_s is None else sample.tick_s
+    return Edge(sample, tick_s, (sample.t_s - tick_s + sample.read_latency_s) * UNIFORM_SD, kind="sampled")
 
 
 def _checked_power(power_w: Any) -> float | None:

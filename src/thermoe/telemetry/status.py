@@ -82,7 +82,13 @@ def _describe_energy(
         powers = [found[metric]["provenance"] for metric in ("power_avg_w", "power_w")]
         if any(powers):
             label = weakest_provenance([next(p for p in powers if p), "estimated"])
-            energy |= {"provenance": label, "method": "power_integral", "scope": "gpu board"}
+            energy |= {
+                "provenance": label,
+                "reason": None,
+                "source": found["power_w"]["source"],
+                "method": "power_integral",
+                "scope": "gpu board",
+            }
     elif found["cpu_energy_j"]["provenance"] is not None:
         energy |= {**found["cpu_energy_j"], "method": "counter", "scope": "cpu package and dram"}
     elif host_power_w is not None:

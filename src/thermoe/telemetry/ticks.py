@@ -56,8 +56,8 @@ class TickSearch:
         """Return the step as the end of a window."""
         if self.t_s is None:
             # A reading without a counter is no fault of the edge: power may stand in for it.
-            return Edge(self.after, self.after.t_s, 0.0, self.reason if self.timed_out else None)
-        return Edge(self.after, self.t_s, self.width_s * UNIFORM_SD)
+            return Edge(self.after, self.after.t_s, 0.0, self.reason if self.timed_out else None, "tick")
+        return Edge(self.after, self.t_s, self.width_s * UNIFORM_SD, kind="tick")
 
 
 def find_tick(
