@@ -99,7 +99,7 @@ def run_dense(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Expe
 
 
 def _combine(rows: Tensor, slot: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put rows (R' <= R, D) back into their slots (R',) and sum the K slots of each token in order, in float32 or wider."""
+    """Put rows (R', D) back into their slots (R',) and sum the K slots of each token in order, at least in float32."""
     tokens, top_k = weights.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
     slots = torch.zeros(tokens * top_k, rows.shape[-1], dtype=rows.dtype, device=rows.device)
