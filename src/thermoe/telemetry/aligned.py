@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from thermoe.errors import ConfigError
+from thermoe.telemetry.arguments import checked_length
 from thermoe.telemetry.evaluate import Edge, direct_edge
 from thermoe.telemetry.open_window import SUSPENDED, OpenWindow
 from thermoe.telemetry.source import Device
@@ -47,14 +47,7 @@ class AlignedWindow(OpenWindow):
 
     def __init__(self, meter: EnergyMeter, name: str, *, min_s: float) -> None:
         super().__init__(meter, name)
-        if isinstance(min_s, bool) or not isinstance(min_s, (int, float)) or not 0 < min_s <= 86400:
-            raise ConfigError(
-                f"min_s={min_s!r} is not a length of time",
-                where="EnergyMeter.aligned_window(min_s=...)",
-                accepted="a number of seconds above 0; 6.0 for a comparison",
-                fix="use min_s=6.0",
-            )
-        self._min_s = float(min_s)
+        self._min_s = checked_length(min_s)
         self._done = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

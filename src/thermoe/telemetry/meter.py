@@ -11,13 +11,14 @@ from typing import Any, Self
 
 from thermoe.errors import ConfigError, TelemetryError
 from thermoe.telemetry.aligned import AlignedWindow
+from thermoe.telemetry.arguments import checked_period, checked_power
 from thermoe.telemetry.assemble import NO_SENSOR, Closing, assemble
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 from thermoe.telemetry.devices import select_devices
 from thermoe.telemetry.evaluate import REPEATABILITY_REL_SD, UNIFORM_SD, Edge, Settings, Span, direct_edge
 from thermoe.telemetry.gate import GatedReader
 from thermoe.telemetry.open_window import OpenWindow
-from thermoe.telemetry.sampler import Sampler, checked_period
+from thermoe.telemetry.sampler import Sampler
 from thermoe.telemetry.source import GPU_METRICS, GPU_STATE, Device, Sample, Source, open_source
 from thermoe.telemetry.status import describe_metrics, snapshot_of
 from thermoe.telemetry.window import EdgeMode, EnergyWindow
@@ -73,7 +74,7 @@ class EnergyMeter:
     ) -> None:
         self._period_s = checked_period(period_s, allow_fast)
         self._allow_fast = allow_fast
-        self._host_power_w = _checked_power(host_power_w)
+        self._host_power_w = checked_power(host_power_w)
         self._settings = Settings(min_ticks=min_ticks, repeatability_rel_sd=repeatability_rel_sd)
         off = telemetry == "off" or os.environ.get("THERMOE_TELEMETRY", "").strip().lower() in OFF_WORDS
         self._source_wanted: str | Source = "off" if off else source
@@ -81,6 +82,7 @@ class EnergyMeter:
         self._sync = sync
         self._sample = sample
         self._source: Source | None = None
+        self._clock_wanted = clock
         self._clock = clock or getattr(source, "clock", None) or SYSTEM_CLOCK
         self._lock = threading.Lock()
         self._named: dict[str, OpenWindow] = {}
@@ -127,7 +129,7 @@ class EnergyMeter:
         with self._lock:
             if self._source is None:
                 wanted = self._source_wanted
-                source = open_source(wanted)
+                source = open_source(wanted, clock=self._clock_wanted)
                 self._clock = getattr(source, "clock", None) or self._clock
                 self._devices = select_devices(source.devices(), self._devices_wanted)
                 self._reader = GatedReader(source, self._clock)
@@ -387,19 +389,6 @@ def _tick_edge(device: Device, sample: Sample) -> Edge:
     """Return the edge of a reading that followed a predicted step: it stands for that step, give or take one call."""
     tick_s = sample.t_s if sample.tick_s is None else sample.tick_s
     return Edge(sample, tick_s, (sample.t_s - tick_s + sample.read_latency_s) * UNIFORM_SD, kind="sampled")
-
-
-def _checked_power(power_w: Any) -> float | None:
-    if power_w is None:
-        return None
-    if isinstance(power_w, bool) or not isinstance(power_w, (int, float)) or not 0 < power_w <= 1e5:
-        raise ConfigError(
-            f"host_power_w={power_w!r} is not a power",
-            where="EnergyMeter(host_power_w=...)",
-            accepted="a number of watts above 0, such as 65.0",
-            fix="give the number without its unit, or leave it out",
-        )
-    return float(power_w)
 
 
 def _wait_for_torch() -> None:

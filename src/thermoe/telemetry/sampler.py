@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from thermoe.errors import ConfigError
+from thermoe.telemetry.arguments import checked_period
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 from thermoe.telemetry.gate import SLOW_READ_S, GatedReader
 from thermoe.telemetry.source import Device, Sample
@@ -42,30 +42,6 @@ class _Track:
     polls: int = 0
     lost: bool = False
     last_strangers: int | None = None
-
-
-def checked_period(period_s: Any, allow_fast: bool) -> float:
-    """Return ``period_s`` when it is a usable sampling period.
-
-    Raises:
-        ConfigError: it is no number, not above 0, above an hour, or below 1 s without ``allow_fast``.
-    """
-    numeric = isinstance(period_s, (int, float)) and not isinstance(period_s, bool)
-    if not numeric or not 0 < period_s <= 3600:
-        raise ConfigError(
-            f"period_s={period_s!r} is not a sampling period",
-            where="EnergyMeter(period_s=...)",
-            accepted="a number of seconds from 1.0 to 3600 (from 0.01 with allow_fast=True)",
-            fix="leave it at 1.0",
-        )
-    if (period_s < 1.0 and not allow_fast) or period_s < 0.01:
-        raise ConfigError(
-            f"period_s={period_s!r} reads the sensor more than once a second",
-            where="EnergyMeter(period_s=...)",
-            accepted="1.0 or more; with allow_fast=True from 0.01",
-            fix="use 1.0; reading every 100 ms raised the energy of the measured work by 2.6% on an H200",
-        )
-    return float(period_s)
 
 
 class Sampler:
