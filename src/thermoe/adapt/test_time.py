@@ -60,7 +60,7 @@ class RouterAdapter:
         model: nn.Module,
         *,
         lr: float = 1e-2,
-        anchor: float = 0.99,
+        anchor: float = 0.9,
         max_grad_norm: float = 1.0,
         bias_only: bool = False,
     ) -> None:

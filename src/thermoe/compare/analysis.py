@@ -196,6 +196,28 @@ def _verdicts(
                         row["hi"] < 0,
                     )
                 )
+    adapted = [row for row in differences if (row["arm"], row["against"]) == ("adapted", "priced")]
+    for row in adapted:
+        if row["segment"] == "prose-2":
+            said.append(
+                (
+                    "Back on prose after the code, the adapted routers differ from the frozen ones by "
+                    f"{row['diff']:+.3f} nats per token (95 % interval {row['lo']:+.3f} to {row['hi']:+.3f}); above 0 "
+                    "means that what they learned from code costs something here.",
+                    row["hi"] <= 0 if not row["lo"] <= 0 <= row["hi"] else None,
+                )
+            )
+    if {"adapted", "priced"} <= set(summary):
+        learning = summary["adapted"]["learning_j_per_token_modelled"]
+        total = summary["adapted"]["j_per_token_modelled"]["value"]
+        if learning is not None and total:
+            said.append(
+                (
+                    f"Learning after every batch is {100 * learning / total:.0f} % of the adapted arm's modelled joules "
+                    "(an estimate); they are counted in its joules per token.",
+                    None,
+                )
+            )
     return said
 
 

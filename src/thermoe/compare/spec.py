@@ -76,7 +76,7 @@ class AdaptSettings:
     """Test-time training of the routers."""
 
     lr: float = 1e-2
-    anchor: float = 0.99
+    anchor: float = 0.9
     bias_only: bool = False
 
 

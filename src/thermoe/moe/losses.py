@@ -39,7 +39,7 @@ DEFAULT_BALANCE: dict[str, float] = {"switch": 1e-2, "z_loss": 1e-3}
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """Average (T, ...) over the real tokens; 0 when there is none."""
     if mask is None:
-        return values.mean(0)
+        return values.sum(0) / max(1, values.shape[0])
     weight = mask.to(values.dtype).reshape(-1, *([1] * (values.ndim - 1)))
     return (values * weight).sum(0) / weight.sum().clamp(min=1)
 

@@ -37,8 +37,8 @@ class RoutingStats:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Return -sum p log p over the last dimension, in nats; 0 log 0 is 0."""
-    return torch.special.entr(p).sum(-1)
+    """Return -sum p log p over the last dimension, in nats; 0 log 0 is 0 and has the gradient 0, not infinity."""
+    return torch.special.entr(torch.where(p == 0, 1, p)).sum(-1)
 
 
 def gini(load: Tensor) -> Tensor:
