@@ -237,8 +237,8 @@ def test_the_ticks_are_found_on_another_thread_in_real_time() -> None:
             main_thread_reads.append(source.reads - before)
     result = window.result
     assert result.status == "valid", result.reason
-    assert result.duration_s == pytest.approx(0.3, abs=0.03)
-    assert result.energy_j == pytest.approx(30.0 * round(result.duration_s / 0.02))
+    assert result.duration_s == pytest.approx(0.3, abs=0.1)  # a busy machine may miss a tick
+    assert result.energy_j == pytest.approx(30.0 * result.duration_s / 0.02, abs=45.0)
     assert result.tokens == pytest.approx(window.tokens * result.duration_s / 0.4, rel=0.6)
 
 
@@ -270,6 +270,19 @@ def test_sampled_windows_read_nothing_on_the_callers_thread(clock: VirtualClock,
     assert (result.edges, result.status) == ("sampled", "valid")
     assert result.energy_j == pytest.approx(POWER_W * result.duration_s, rel=0.005)
     assert result.tokens == pytest.approx(result.duration_s * 10.0 / 0.05, rel=0.02)
+
+
+@pytest.mark.parametrize(("locked", "low_s", "high_s"), [(True, 0.001, 0.010), (False, 0.035, 0.047)])
+def test_a_sampled_window_is_sharper_where_readings_follow_the_ticks(
+    clock: VirtualClock, work, locked: bool, low_s: float, high_s: float
+) -> None:
+    meter = sampled_meter(clock, work, repeatability_rel_sd=0.0)
+    if not locked:
+        meter.sampler._tracks["GPU-x"].lock._tick_s = None
+        work(meter, 2.0)
+    with meter.window("w", edges="sampled") as window:
+        work(meter, 4.0, step_s=0.002)  # too few readings inside for a slope
+    assert low_s < window.result.energy_rel_sd * window.result.duration_s < high_s
 
 
 def test_sampled_tokens_without_times_give_no_joules_per_token(clock: VirtualClock, work) -> None:
@@ -333,6 +346,30 @@ def test_a_slope_is_not_drawn_through_power_that_changed() -> None:
     ]
     span = Span(device=GPU, start=direct_edge(GPU, read[0]), end=direct_edge(GPU, read[-1]), samples=read[1:-1])
     assert measure(span, Settings()).energy_j == energy(20.0)
+
+
+def test_a_slope_is_not_drawn_through_power_that_rose_and_fell() -> None:
+    def energy(t_s: float) -> float:  # 300 W with a slow swell: a line through it is off by ten times its own error
+        return 300.0 * (t_s + 0.53 * (t_s / 50.0 - 1.0) ** 3)
+
+    read = [
+        Sample(device_uuid="GPU-x", t_s=float(t), energy_j=energy(t), provenance={"energy_j": "measured"})
+        for t in range(101)
+    ]
+    span = Span(device=GPU, start=direct_edge(GPU, read[0]), end=direct_edge(GPU, read[-1]), samples=read[1:-1])
+    assert measure(span, Settings()).energy_j == pytest.approx(energy(100.0) - energy(0.0), rel=1e-9)
+
+
+def test_a_reset_between_two_readings_is_seen_though_the_last_value_is_higher() -> None:
+    def reading(t_s: float, energy_j: float, epoch: int) -> Sample:
+        return Sample(
+            device_uuid="GPU-x", t_s=t_s, energy_j=energy_j, counter_epoch=epoch, provenance={"energy_j": "measured"}
+        )
+
+    start, end = direct_edge(GPU, reading(0.0, 100.0, 0)), direct_edge(GPU, reading(9.0, 900.0, 1))
+    found = measure(Span(device=GPU, start=start, end=end, samples=[reading(4.0, 200.0, 1)]), Settings())
+    assert (found.energy_j, found.status) == (None, "invalid")
+    assert "went backwards (reset) inside the window" in found.reason
 
 
 # -- ticks -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thermoe.telemetry.clock import VirtualClock
@@ -62,10 +62,13 @@ def test_zones_nested_in_their_package_are_found_once(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60)
-@given(start=st.integers(0, RANGE_UJ - 1), steps=st.lists(st.integers(0, RANGE_UJ // 3), min_size=1, max_size=6))
+@given(share=st.floats(0, 0.999999), shares=st.lists(st.floats(0, 0.9), min_size=1, max_size=6))
+@example(share=0.999999, shares=[0.1])
+@example(share=0.5, shares=[0.5, 0.9, 0.9, 0.0])
 def test_a_wrap_at_any_point_gives_the_true_difference(
-    tmp_path_factory: pytest.TempPathFactory, start: int, steps: list[int]
+    tmp_path_factory: pytest.TempPathFactory, share: float, shares: list[float]
 ) -> None:
+    start, steps = int(share * RANGE_UJ), [int(part * RANGE_UJ) for part in shares]
     root = tmp_path_factory.mktemp("rapl")
     _zone(root, "intel-rapl:0", "package-0", start)
     counters = RaplCounters(root)

@@ -90,6 +90,12 @@ def test_an_index_is_only_trusted_where_both_numberings_agree(names: tuple, orde
     assert (found.mapped_by, found.provisional) == (expected, True)
 
 
+def test_a_uuid_is_sure_on_a_mixed_machine_too() -> None:
+    boards = [Device(uuid=A, kind="gpu", name="H200", index=0), Device(uuid=C, kind="gpu", name="T4", index=1)]
+    found = visible_devices(boards, {"CUDA_VISIBLE_DEVICES": f"{C},0"}).devices
+    assert [(device.uuid, device.mapped_by) for device in found] == [(C, "uuid"), (A, "index")]
+
+
 @given(st.text(max_size=40) | st.text(alphabet="0123456789,- GPUMIGabcdef/", max_size=40))
 def test_no_text_raises_or_counts_a_board_twice(text: str) -> None:
     found = visible_devices(BOARDS, {"CUDA_VISIBLE_DEVICES": text}).devices
