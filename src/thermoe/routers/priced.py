@@ -71,7 +71,9 @@ def open_experts(
     if drop == "none":
         return opened
     worst = torch.finfo(u_GNE.dtype).min
-    order = surplus.argsort(dim=-1, stable=True)
+    # Ties are the rule where the price exceeds every benefit and each surplus is 0: then the least useful goes first.
+    by_use = torch.where(real, key, 0).sum(1).argsort(dim=-1, stable=True)
+    order = by_use.gather(-1, surplus.gather(-1, by_use).argsort(dim=-1, stable=True))
     for rank in range(experts):  # a sequential pass by definition: each closing changes what the others are worth
         candidate = order[:, rank : rank + 1]
         open_GNE = opened.unsqueeze(1).expand_as(r)
@@ -95,9 +97,10 @@ def open_experts(
 def _take_open(key: Tensor, r: Tensor, opened: Tensor, k_min: int, k_max: int) -> tuple[Tensor, Tensor]:
     """Return each token's k_max best opened experts (..., K) and which of these slots it uses.
 
-    A slot is used when its expert is open and either r > 0 or it is one of the first k_min.
+    A slot is used when its expert is open and either r > 0 or it is one of the first k_min. Ties keep their order.
     """
-    index = torch.where(opened, key, torch.finfo(key.dtype).min).topk(k_max, -1).indices
+    ranked = torch.where(opened, key, torch.finfo(key.dtype).min)
+    index = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]
     first = torch.arange(k_max, device=key.device) < k_min
     return index, ((r.gather(-1, index) > 0) | first) & opened.gather(-1, index)
 
@@ -218,9 +221,19 @@ class PricedRouter(TopKRouter):
             opened = self._opened_by_group(u, context, k_min, k_max)
         else:
             opened = torch.ones_like(u, dtype=torch.bool)
+        # In the order of the logits, which differ where probabilities are equal in float32 or underflow to 0.
+        first = logits.argsort(dim=-1, descending=True, stable=True)
+        key, r, opened = (values.gather(-1, first) for values in (key, r, opened))
         index, keep = _take_open(key, r, opened, k_min, k_max)
-        priced = torch.where(keep, index, self.num_experts)
+        priced = torch.where(keep, first.gather(-1, index), self.num_experts)
         return self._limit(torch.where(self.price > 0, priced, baseline), probabilities, context)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load, and know again on the host whether an opening cost is above 0."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        loaded = state_dict.get(prefix + "open_cost")
+        if loaded is not None and not loaded.is_meta:
+            self.couples_tokens = bool((loaded > 0).any())
 
     def _apply(self, fn: Any, recurse: bool = True) -> PricedRouter:
         """Move with the model but keep price and costs in float32 when the model is cast to half precision."""
