@@ -11,11 +11,13 @@ The output bias stays outside the experts and is added once per token; inside, k
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import GPT2LMHeadModel
 
 from thermoe.errors import ConversionError, UnknownNameError
 from thermoe.models.families import FFNWeights, family_of
@@ -34,13 +36,19 @@ def _chosen_blocks(count: int, layers: Iterable[int] | None) -> list[int]:
             f"layers {chosen} of a model with {count} blocks",
             where="layers",
             accepted=f"at least one position from 0 to {count - 1}",
+            fix="name blocks the model has, or leave layers out to convert all",
         )
     return chosen
 
 
 def _expert_width(ffn_width: int, num_experts: int, method: Method) -> int:
     if num_experts < 1:
-        raise ConversionError(f"num_experts is {num_experts}", where="num_experts", accepted="an integer of at least 1")
+        raise ConversionError(
+            f"num_experts is {num_experts}",
+            where="num_experts",
+            accepted="an integer of at least 1",
+            fix="leave it out for the default of 8",
+        )
     if method == "copy":
         return ffn_width
     if ffn_width % num_experts:
@@ -102,13 +110,20 @@ def convert_to_moe(
         A new model in the dtype, device and training mode of the given one.
 
     Raises:
-        ConversionError: unknown architecture, an expert count that does not divide the network, no such layer, or a
-            top_k outside 1..E.
+        ConversionError: unknown architecture, no causal language model, an expert count that does not divide the
+            network, no such layer, or a top_k outside 1..E.
         UnknownNameError: unknown method or router.
     """
     if method not in METHODS:
         raise UnknownNameError.of("conversion method", str(method), METHODS, where="method")
     family = family_of(model)
+    if not isinstance(model, GPT2LMHeadModel):  # a trunk or another head would lose parts on the way
+        raise ConversionError(
+            f"{type(model).__name__} is no causal language model",
+            where="model",
+            accepted="GPT2LMHeadModel",
+            fix="load it with transformers.AutoModelForCausalLM",
+        )
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     chosen = _chosen_blocks(len(blocks), layers)
@@ -142,5 +157,5 @@ def convert_to_moe(
         layer = converted.transformer.h[i].mlp
         assert isinstance(layer, MoELayer)
         _fill_experts(layer, ffn, method)
-    converted.generation_config = model.generation_config
+    converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.train(model.training)

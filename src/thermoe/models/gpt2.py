@@ -102,6 +102,9 @@ def _build_layer(config: MoEGPT2Config, position: int) -> MoELayer:
 class _MoEWeights:
     """Initialisation of MoE parts, shared by the two model classes."""
 
+    # Prices and costs stay precise when the weights are loaded in half precision.
+    _keep_in_fp32_modules_strict = ("router.price", "router.kappa", "router.pair_cost", "router.open_cost")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers' own initialisers leave alone what a checkpoint has filled.

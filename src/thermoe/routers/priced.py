@@ -165,7 +165,7 @@ class PricedRouter(TopKRouter):
         self.batch_invariant = batch_invariant
         self.group_by_position = group_by_position
         for name, size in (("price", ()), ("kappa", ()), ("pair_cost", (num_experts,)), ("open_cost", (num_experts,))):
-            self.register_buffer(name, torch.zeros(size))
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float32))
         self.set_costs(pair_cost, open_cost)
         self.set_price(price)
         self.kappa.fill_(kappa)
