@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from thermoe import __version__
-from thermoe.errors import ThermoeError
+from thermoe.errors import MachineError, ThermoeError
 
 app = typer.Typer(
     name="thermoe",
@@ -18,6 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _state = {"debug": False}
 
 
@@ -74,6 +77,7 @@ def demo(
         return
     _quiet_libraries()
     from rich.console import Console
+    from rich.markup import escape
 
     from thermoe.compare.progress import Reporter
     from thermoe.compare.runner import run_comparison
@@ -91,8 +95,9 @@ def demo(
     console.print(summary_table(run.path, width=console.width))
     for row in run.rows("verdict"):
         mark = {True: "[green]yes[/green]", False: "[red]no[/red] ", None: "-  "}[row["holds"]]
-        reporter.say(f"{mark} {row['text']}")
-    reporter.say(f"\nreport: {report}\nrows:   {run.path / 'rows.jsonl'}")
+        console.print(f"{mark} {escape(row['text'])}", highlight=False)
+    _print_path(console, "\nreport:", report)
+    _print_path(console, "rows:  ", run.path / "rows.jsonl")
 
 
 @app.command()
@@ -105,7 +110,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     path = build_report(run)
     console = Console()
     console.print(summary_table(run, width=console.width))
-    console.print(f"report: {path}", highlight=False)
+    _print_path(console, "report:", path)
 
 
 _KINDS = {
@@ -133,6 +138,12 @@ def list_(kind: Annotated[str, typer.Argument(help="routers, losses, sources, ar
         typer.echo(name)
 
 
+def _print_path(console: Console, label: str, path: Path) -> None:
+    """Print a path whole: not wrapped, no brackets taken for markup, and whatever bytes its name has."""
+    text = f"{label} {path}".encode("utf-8", "backslashreplace").decode("utf-8")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _quiet_libraries() -> None:
     """Leave the screen to our own progress bars."""
     import os
@@ -153,8 +164,23 @@ def main() -> None:
     except ThermoeError as error:
         if _state["debug"]:
             raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if _state["debug"]:
+            raise
+        _fail(
+            MachineError(
+                f"a file cannot be read or written: {error.strerror or error}",
+                where=str(error.filename or "unknown file"),
+                accepted="files and folders that may be read and written, and room on the disk",
+                fix="mend that, or name another folder; a run that was cut short goes on with --resume",
+            )
+        )
     except KeyboardInterrupt:
         typer.echo("interrupted; take the run up again with --resume", err=True)
         sys.exit(130)
+
+
+def _fail(error: ThermoeError) -> NoReturn:
+    typer.echo(f"error: {error}".encode("utf-8", "backslashreplace").decode("utf-8"), err=True)
+    sys.exit(error.exit_code)

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from thermoe.errors import ConfigError, TrainingDivergedError
+from thermoe.errors import ConfigError, DataError, TrainingDivergedError
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import collect_routing, moe_layers
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 from thermoe.routers.base import Router
 
+#: NumPy takes seeds of 32 bits.
+MAX_SEED = 2**32 - 1
 #: Receives (step, fields of the row) every `log_every` steps.
 LogRow = Callable[[int, dict[str, Any]], None]
 
@@ -63,23 +64,62 @@ class TrainSettings:
 
     def check(self, where: str = "training") -> None:
         """Raise a ConfigError for a value outside its range."""
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("log_every", 1), ("save_every", 0)):
+        for name, low in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("warmup_steps", 0),
+            ("log_every", 1),
+            ("save_every", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}",
                     where=f"{where}.{name}",
                     accepted=f"an integer of at least {low}",
+                    fix=f"raise {where}.{name}",
                 )
+        if self.seed > MAX_SEED:
+            raise ConfigError(
+                f"seed is {self.seed}",
+                where=f"{where}.seed",
+                accepted=f"an integer from 0 to {MAX_SEED}",
+                fix=f"lower {where}.seed",
+            )
         if self.save_every % self.log_every:
             raise ConfigError(
                 f"save_every is {self.save_every} and log_every {self.log_every}",
                 where=f"{where}.save_every",
                 accepted="a multiple of log_every, so that the loss is looked at before a checkpoint is written",
+                fix=f"use {where}.save_every={max(1, self.save_every // self.log_every) * self.log_every}",
             )
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"lr is {self.lr}", where=f"{where}.lr", accepted="a finite number above 0")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(
+                f"lr is {self.lr}", where=f"{where}.lr", accepted="a finite number above 0", fix="use 1e-3"
+            )
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}",
+                    where=f"{where}.{name}",
+                    accepted="a finite number of at least 0",
+                    fix="0 switches it off",
+                )
         if not 0 <= self.ramp_frac <= 1:
-            raise ConfigError(f"ramp_frac is {self.ramp_frac}", where=f"{where}.ramp_frac", accepted="0 to 1")
+            raise ConfigError(
+                f"ramp_frac is {self.ramp_frac}",
+                where=f"{where}.ramp_frac",
+                accepted="0 to 1",
+                fix="0 leaves the gate as it is",
+            )
+        for loss, coefficient in self.balance.items():
+            if not isinstance(loss, str) or isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
+                raise ConfigError(
+                    f"balance holds {loss!r}: {coefficient!r}",
+                    where=f"{where}.balance",
+                    accepted="names of losses, each with a number",
+                    fix="for example {switch: 0.01}",
+                )
         check_loss_terms(self.balance, where=f"{where}.balance")
 
 
@@ -117,7 +157,10 @@ class MoETrainer(Trainer):
         auxiliary = routing_loss(collect_routing(model).values(), self.balance) if model.training else None
         if auxiliary is not None:
             self.last_routing_loss = auxiliary.detach()
-            loss = loss + auxiliary / self.args.gradient_accumulation_steps
+            # A loss averaged over all micro-batches of a step is not divided by their number any more.
+            averaged = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            averaged = averaged or self.compute_loss_func is not None
+            loss = loss + (auxiliary / self.current_gradient_accumulation_steps if averaged else auxiliary)
         return (loss, outputs) if wants_outputs else loss
 
 
@@ -147,9 +190,8 @@ class _Schedule(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for router in self.routers:
-            router.active_top_k = None
-            if self.settings.ramp_frac > 0:
+        if self.settings.ramp_frac > 0:
+            for router in self.routers:
                 router.ramp.fill_(1.0)
 
 
@@ -164,6 +206,8 @@ class _Watch(TrainerCallback):
         self.trainer: MoETrainer | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save or control.should_training_stop:
+            control.should_log = True  # no checkpoint and no end without a look at the loss
         if self.on_step is not None:
             self.on_step(state.global_step)
 
@@ -173,8 +217,11 @@ class _Watch(TrainerCallback):
         if "loss" not in logs:
             return
         loss = float(logs["loss"])
-        # A gradient can be bad one step before the loss is; the weights are lost by then.
-        if not (math.isfinite(loss) and math.isfinite(float(logs.get("grad_norm", 0.0)))):
+        # A gradient can be bad one step before the loss is, and a step can overflow with both of them finite.
+        good = math.isfinite(loss) and math.isfinite(float(logs.get("grad_norm", 0.0)))
+        if good and (control.should_save or control.should_training_stop):
+            good = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        if not good:
             self.diverged_at = state.global_step
             control.should_training_stop = True
             control.should_save = False
@@ -196,6 +243,34 @@ def _max_vio(decision: RoutingDecision) -> float:
     return float(counts.max() / counts.mean().clamp(min=1e-12) - 1)
 
 
+def check_batch(rows: Tensor, settings: TrainSettings, where: str = "training") -> None:
+    """Raise a DataError when ``rows`` (N, S) do not fill one batch."""
+    if rows.shape[0] < settings.batch_size:
+        raise DataError(
+            f"the training text has {rows.shape[0]} sequences of {rows.shape[1]} tokens, fewer than one batch of "
+            f"{settings.batch_size}",
+            where=f"{where}.batch_size",
+            accepted=f"at most {rows.shape[0]}",
+            fix="give more text, or lower the batch size or the sequence length",
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in ``folder``; one cut short while it was written is passed over.
+
+    The Trainer writes `trainer_state.json` last.
+    """
+    if not folder.is_dir():
+        return None
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    """Return the step a checkpoint was written at; 0 when there is none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
 def train_language_model(
     model: nn.Module,
     rows: Tensor,
@@ -212,15 +287,19 @@ def train_language_model(
         model: a causal language model, dense or with MoE layers.
         rows: int64 (N, S).
         settings: how to train.
-        checkpoint_dir: where the Trainer keeps its checkpoints; left in place when training diverges.
+        checkpoint_dir: where the Trainer keeps its checkpoints; left in place when training diverges or is interrupted,
+            removed when it is done.
         log: receives a row every `log_every` steps.
         on_step: called after every step with its number, for a progress bar.
         resume: go on from the last checkpoint in ``checkpoint_dir``, if there is one.
 
     Raises:
-        TrainingDivergedError: a loss was not finite; the message names the last good checkpoint.
+        ConfigError: a setting is outside its range.
+        DataError: there are fewer rows than one batch.
+        TrainingDivergedError: a loss, gradient or weight was not finite; the message names the last good checkpoint.
     """
     settings.check()
+    check_batch(rows, settings)
     arguments = TrainingArguments(
         output_dir=str(checkpoint_dir),
         max_steps=settings.steps,
@@ -244,6 +323,8 @@ def train_language_model(
         remove_unused_columns=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # replicas of DataParallel would keep the routing decisions to themselves
     watch = _Watch(model, settings.batch_size * rows.shape[1], log, on_step)
     trainer = MoETrainer(
         model=model,
@@ -255,21 +336,25 @@ def train_language_model(
     trainer.remove_callback(_printer_callback())
     watch.trainer = trainer
     model.train()
-    last = get_last_checkpoint(str(checkpoint_dir)) if resume and checkpoint_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    for _, layer in moe_layers(model):
-        layer.last_routing = None  # let go of the last step's autograd history
+    last = last_checkpoint(checkpoint_dir) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finally:
+        for _, layer in moe_layers(model):
+            layer.last_routing = None  # let go of the last step's autograd history
+        for router in _routers(model):
+            router.active_top_k = None
+        model.eval()
     if watch.diverged_at is not None:
-        kept = get_last_checkpoint(str(checkpoint_dir)) if checkpoint_dir.is_dir() else None
+        kept = last_checkpoint(checkpoint_dir)
         raise TrainingDivergedError(
-            f"the loss or its gradient was not finite around step {watch.diverged_at}",
+            f"the loss, its gradient or a weight was not finite around step {watch.diverged_at}",
             where=str(checkpoint_dir),
-            accepted="a finite loss",
-            fix=f"lower the learning rate (it is {settings.lr}) and resume; "
+            accepted="finite numbers",
+            fix=f"lower the learning rate (it is {settings.lr}) and start again; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"),
         )
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
-    model.eval()
 
 
 def _printer_callback() -> type[TrainerCallback]:

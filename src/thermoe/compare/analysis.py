@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from thermoe.results import RunFolder
+from thermoe.results import RunFolder, weakest_provenance
 
 RESAMPLES = 10_000
 
@@ -69,7 +69,8 @@ def summarise(run: RunFolder) -> None:
         corrected = _accuracy(reference, segments, rows)
         if corrected["all"] is not None:
             run.append("summary", arm=reference, title=title, accuracy_corrected=corrected)
-    differences = _compare(arms, segments, nll)
+    against = {entry["name"]: entry.get("against") for entry in manifest["arms"]}
+    differences = _compare(arms, against, segments, nll)
     for difference in differences:
         run.append("comparison", **difference)
     for text, holds in _verdicts(run, differences, titles):
@@ -121,7 +122,7 @@ def _summary(
         "learning_j_per_token_modelled": _ratio(own, "energy_learning_modelled_j", "tokens"),
         "j_per_token_measured": {
             "value": sum(measured) / tokens if all_measured else None,
-            "provenance": energy[0]["provenance"] if all_measured else None,
+            "provenance": weakest_provenance(row["provenance"] for row in energy) if all_measured else None,
             "reason": None if all_measured else next((row["reason"] for row in energy if row["reason"]), None),
         },
         "tokens_per_s": sum(row["tokens"] for row in own) / sum(row["duration_s"] for row in own) if own else None,
@@ -129,19 +130,25 @@ def _summary(
 
 
 def _compare(
-    arms: Sequence[str], segments: Sequence[str], nll: dict[tuple[str, str], list[float]]
+    arms: Sequence[str],
+    against: Mapping[str, str | None],
+    segments: Sequence[str],
+    nll: dict[tuple[str, str], list[float]],
 ) -> list[dict[str, Any]]:
-    """Return the paired difference of each arm with the one before it, and with the first, in nats per token."""
-    pairs = [(arm, against) for i, arm in enumerate(arms) for against in dict.fromkeys((arms[i - 1], arms[0])) if i]
+    """Return paired differences in nats per token: each arm with the one it is meant for, the one before, the first."""
+    pairs = []
+    for i, arm in enumerate(arms):
+        others = dict.fromkeys((against[arm], *((arms[i - 1], arms[0]) if i else ())))
+        pairs += [(arm, other) for other in others if other in arms and other != arm]
     found = []
-    for arm, against in pairs:
+    for arm, other in pairs:
         for segment in segments:
-            difference = [a - b for a, b in zip(nll[arm, segment], nll[against, segment], strict=True)]
+            difference = [a - b for a, b in zip(nll[arm, segment], nll[other, segment], strict=True)]
             mean, low, high = bootstrap_mean(difference)
             found.append(
                 {
                     "arm": arm,
-                    "against": against,
+                    "against": other,
                     "segment": segment,
                     "metric": "nll",
                     "diff": mean,
@@ -213,7 +220,7 @@ def _verdicts(
         if learning is not None and total:
             said.append(
                 (
-                    f"Learning after every batch is {100 * learning / total:.0f} % of the adapted arm's modelled joules "
+                    f"Learning after each batch is {100 * learning / total:.0f} % of the adapted arm's modelled joules "
                     "(an estimate); they are counted in its joules per token.",
                     None,
                 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 
@@ -22,8 +23,8 @@ class Reporter:
         self.durations_s: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, highlight=False)
+        """Print one line as it is; square brackets in it are no markup."""
+        self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -37,7 +38,7 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=total)
+            task = progress.add_task(escape(title), total=total)
             yield lambda done: progress.update(task, completed=done)
         self.durations_s[title] = time.monotonic() - started
-        self.say(f"[green]done[/green] {title} ({self.durations_s[title]:.1f} s)")
+        self.console.print(f"[green]done[/green] {escape(title)} ({self.durations_s[title]:.1f} s)", highlight=False)

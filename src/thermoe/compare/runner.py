@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from thermoe.compare.spec import CompareSpec
 from thermoe.compare.stages import Corpus, choose_price, prepare_corpus, prepare_dense, prepare_moe
 from thermoe.data import Segment
 from thermoe.energy.cost_model import CostModel, ModelWork
-from thermoe.errors import RunFolderError
+from thermoe.errors import ConfigError, RunFolderError, ThermoeError, UnknownNameError
 from thermoe.evaluation import Chooser, routing_accuracy
 from thermoe.moe.layer import moe_layers
 from thermoe.moe.stats import StatsAccumulator
 from thermoe.results import RunFolder
 from thermoe.runtime import choose_device, environment_fingerprint
 from thermoe.telemetry.meter import EnergyMeter
+from thermoe.telemetry.source import SOURCES, open_source
 
 
 def run_comparison(
@@ -50,8 +52,10 @@ def run_comparison(
     for name in spec.arms:
         ARMS.get(name, where="arms")
     device = choose_device(spec.device)
+    _check_telemetry(spec.telemetry)
+    new_folder = not Path(out).exists()
     run = RunFolder.create(out, resume=resume)
-    _check_same_run(run, spec)
+    before = _check_same_run(run, spec)
     if device.name == "cpu":
         torch.set_num_threads(max(1, min(torch.get_num_threads(), 16)))
     arms = {name: ARMS.get(name) for name in spec.arms}
@@ -64,15 +68,23 @@ def run_comparison(
         environment=environment_fingerprint(),
         device={"name": device.name, "reason": device.reason},
         cost_model=cost.describe(),
-        arms=[{"name": n, "title": a.title, "description": a.description} for n, a in arms.items()],
+        arms=[
+            {"name": n, "title": a.title, "description": a.description, "against": a.against} for n, a in arms.items()
+        ],
     )
+    run.drop_rows(lambda row: False)  # a row torn by a crash goes, so that the next one starts on a line of its own
     report.say(f"device: {device.name} ({device.reason})")
     with EnergyMeter(source=spec.telemetry) as meter:
         description = meter.describe()
         run.write_manifest(telemetry=description)
         energy = description.get("energy_j", {})
         report.say(f"energy: {energy.get('provenance') or 'not measured: ' + str(energy.get('reason'))}")
-        corpus = prepare_corpus(spec, run, report)
+        try:
+            corpus = prepare_corpus(spec, run, report)
+        except ThermoeError:
+            if not before:
+                _clear(run, new_folder)  # nothing has been computed; the folder stays free for mended settings
+            raise
         dense = prepare_dense(spec, corpus, device.name, run, report)
         moe = prepare_moe(spec, dense, corpus, run, report)
         price = choose_price(spec, moe, corpus)
@@ -101,18 +113,56 @@ def run_comparison(
     return run
 
 
-def _check_same_run(run: RunFolder, spec: CompareSpec) -> None:
-    before = run.manifest.get("config")
-    now = spec.as_dict()
-    if before is None or before == now:
+def _check_telemetry(name: str) -> None:
+    """Raise when there is no such source, or it cannot be opened by its name alone."""
+    if name in ("auto", "off"):
         return
-    changed = [key for key in now if before.get(key) != now[key]]
+    if name not in SOURCES:
+        raise UnknownNameError.of("telemetry source", name, ("auto", "off", *SOURCES), where="telemetry")
+    try:
+        open_source(name).close()
+    except TypeError as error:
+        raise ConfigError(
+            f"the telemetry source {name!r} needs more than its name: {error}",
+            where="telemetry",
+            accepted="auto, off, or a source that opens by its name",
+            fix="use --telemetry auto",
+        ) from error
+
+
+def _check_same_run(run: RunFolder, spec: CompareSpec) -> bool:
+    """Return whether the folder holds an earlier run, after checking that it is one of ``spec``."""
+    manifest = run.manifest
+    if not manifest:
+        strangers = sorted(path.name for path in run.path.iterdir() if path.name != "manifest.json.partial")
+        if strangers:
+            raise RunFolderError(
+                f"{run.path} holds {strangers[0]!r} and no run to take up",
+                where="--out",
+                accepted="the folder of an interrupted run, or a new or empty folder",
+                fix="check the path, or name another folder with --out",
+            )
+        return False
+    before = manifest.get("config") if isinstance(manifest, dict) else None
+    now = spec.as_dict()
+    if before == now:
+        return True
+    changed = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
     raise RunFolderError(
         f"{run.path} holds a run of another configuration (it differs in {', '.join(changed)})",
         where=str(run.path / "manifest.json"),
         accepted="the configuration the run was started with",
         fix="use the same options to resume, or name another folder with --out",
     )
+
+
+def _clear(run: RunFolder, new_folder: bool) -> None:
+    """Remove what a run has written that failed before anything was computed."""
+    for name in ("manifest.json", "rows.jsonl"):
+        (run.path / name).unlink(missing_ok=True)
+    shutil.rmtree(run.path / "tokenizer", ignore_errors=True)
+    if new_folder:
+        run.path.rmdir()
 
 
 def _run_arm(

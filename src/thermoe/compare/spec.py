@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -12,7 +13,12 @@ from typing import Any
 import yaml
 
 from thermoe.errors import ConfigError, UnknownNameError, near_match
-from thermoe.training import TrainSettings
+from thermoe.evaluation import MAX_SUBSETS
+from thermoe.models.convert import METHODS
+from thermoe.moe.dispatch import DROP_ORDERS
+from thermoe.training import MAX_SEED, TrainSettings
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,12 +95,20 @@ class AccuracySettings:
 
 
 def _recovery_settings() -> TrainSettings:
-    return TrainSettings(steps=150, lr=1e-3, warmup_steps=10, random_k=True, ramp_frac=0.5, save_every=50)
+    return TrainSettings(steps=150, lr=1e-3, warmup_steps=10, random_k=True, ramp_frac=0.5, save_every=50, seed=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class CompareSpec:
-    """A comparison from texts to verdicts."""
+    """A comparison from texts to verdicts.
+
+    Args:
+        seed: of everything random; `training.seed` and `recovery.seed` are added to it in their phases.
+        device: auto, cpu, cuda or mps.
+        telemetry: auto, off, or the name of a source.
+        data, model, training, moe, recovery, stream, price, adapt, accuracy: see their classes.
+        arms: names of arms, in the order in which they are run and compared.
+    """
 
     seed: int = 0
     device: str = "auto"
@@ -112,44 +126,109 @@ class CompareSpec:
 
     def check(self) -> None:
         """Raise a ConfigError for values that do not go together."""
+        if self.device not in DEVICES:
+            raise ConfigError(
+                f"the device is {self.device!r}",
+                where="device",
+                accepted=", ".join(DEVICES),
+                fix="to choose one of several GPUs, set the environment variable CUDA_VISIBLE_DEVICES",
+            )
         self.training.check("training")
         self.recovery.check("recovery")
-        positive = (
-            ("data.code_bytes", self.data.code_bytes),
-            ("data.heldout_sequences", self.data.heldout_sequences),
-            ("model.layers", self.model.layers),
-            ("model.sequence_length", self.model.sequence_length),
-            ("stream.batches_per_segment", self.stream.batches_per_segment),
-            ("stream.batch_size", self.stream.batch_size),
-            ("accuracy.batches", self.accuracy.batches),
-        )
-        for where, value in positive:
-            if value < 1:
-                raise ConfigError(f"{where} is {value}", where=where, accepted="an integer of at least 1")
-        if self.model.heads < 1 or self.model.hidden_size % self.model.heads:
+        self._check_ranges()
+        self._check_conversion()
+        self._check_price()
+        self._check_arms()
+
+    def _check_ranges(self) -> None:
+        _within("seed", self.seed, 0, MAX_SEED - 1 - max(self.training.seed, self.recovery.seed))
+        _within("data.code_bytes", self.data.code_bytes, 1000)
+        _within("data.heldout_sequences", self.data.heldout_sequences, 1)
+        _within("model.vocab_size", self.model.vocab_size, 257)  # 256 bytes and the end of a text
+        _within("model.hidden_size", self.model.hidden_size, 1)
+        _within("model.layers", self.model.layers, 1)
+        _within("model.heads", self.model.heads, 1)
+        _within("model.sequence_length", self.model.sequence_length, 2)  # the second token is the first predicted
+        _within("stream.batches_per_segment", self.stream.batches_per_segment, 1)
+        _within("stream.batch_size", self.stream.batch_size, 1)
+        _within("accuracy.batches", self.accuracy.batches, 0)
+        _within("accuracy.tau", self.accuracy.tau, 0.0)
+        _within("adapt.lr", self.adapt.lr, 0.0)
+        if not 0 < self.adapt.anchor <= 1:
+            raise ConfigError(
+                f"adapt.anchor is {self.adapt.anchor}",
+                where="adapt.anchor",
+                accepted="a number above 0 and at most 1",
+                fix="1 is no pull back to the trained router",
+            )
+        if self.model.hidden_size % self.model.heads:
             raise ConfigError(
                 f"hidden_size {self.model.hidden_size} cannot be divided among {self.model.heads} heads",
                 where="model.heads",
                 accepted="a divisor of model.hidden_size",
+                fix="change model.heads or model.hidden_size",
             )
-        if not 1 <= self.moe.top_k <= self.moe.num_experts:
+
+    def _check_conversion(self) -> None:
+        moe = self.moe
+        if moe.method not in METHODS:
+            raise UnknownNameError.of("conversion method", moe.method, METHODS, where="moe.method")
+        if moe.drop_order not in DROP_ORDERS:
+            raise UnknownNameError.of("drop order", moe.drop_order, DROP_ORDERS, where="moe.drop_order")
+        for name, value in (("capacity_factor", moe.capacity_factor), ("temperature", moe.temperature)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    f"moe.{name} is {value}",
+                    where=f"moe.{name}",
+                    accepted="a finite number above 0, or null",
+                    fix="null switches it off",
+                )
+        _within("moe.num_experts", moe.num_experts, 1)
+        if not 1 <= moe.top_k <= moe.num_experts:
             raise ConfigError(
-                f"top_k is {self.moe.top_k} with {self.moe.num_experts} experts",
+                f"top_k is {moe.top_k} with {moe.num_experts} experts",
                 where="moe.top_k",
-                accepted=f"an integer from 1 to {self.moe.num_experts}",
+                accepted=f"an integer from 1 to {moe.num_experts}",
                 fix="lower moe.top_k or raise moe.num_experts",
             )
-        if (4 * self.model.hidden_size) % self.moe.num_experts:
+        neurons = 4 * self.model.hidden_size
+        if moe.method == "partition" and neurons % moe.num_experts:
+            divisors = [n for n in range(2, min(neurons, 128) + 1) if neurons % n == 0]
             raise ConfigError(
-                f"{self.moe.num_experts} experts do not divide the {4 * self.model.hidden_size} neurons of the "
-                "feed-forward network",
+                f"{moe.num_experts} experts do not divide the {neurons} neurons of the feed-forward network",
                 where="moe.num_experts",
-                accepted="a divisor of 4 * model.hidden_size",
-                fix="use moe.num_experts=8",
+                accepted="a divisor of 4 * model.hidden_size: " + ", ".join(map(str, divisors)),
+                fix=f"use moe.num_experts={min(divisors, key=lambda n: abs(n - moe.num_experts))}",
             )
-        if not 0 < self.price.pairs_frac <= 1:
+        subsets = max(math.comb(moe.num_experts, k) for k in range(1, moe.top_k + 1))
+        if self.accuracy.batches and subsets > MAX_SUBSETS:
             raise ConfigError(
-                f"pairs_frac is {self.price.pairs_frac}", where="price.pairs_frac", accepted="above 0 and at most 1"
+                f"{moe.num_experts} experts have {subsets} subsets of up to {moe.top_k}, too many to find the best one",
+                where="moe.top_k",
+                accepted=f"at most {MAX_SUBSETS} subsets of one size",
+                fix="lower moe.top_k or moe.num_experts, or set accuracy.batches=0 to leave routing accuracy out",
+            )
+
+    def _check_price(self) -> None:
+        price, top_k = self.price, self.moe.top_k
+        _within("price.k_min", price.k_min, 0, top_k)
+        if price.value is not None:
+            _within("price.value", price.value, 0.0)
+        elif not price.k_min / top_k <= price.pairs_frac <= 1 or price.pairs_frac == 0:
+            raise ConfigError(
+                f"pairs_frac is {price.pairs_frac} with k_min {price.k_min} and top_k {top_k}",
+                where="price.pairs_frac",
+                accepted=f"{price.k_min / top_k:.3g} to 1" if price.k_min else "above 0 and at most 1",
+                fix="raise price.pairs_frac, lower price.k_min, or give price.value",
+            )
+
+    def _check_arms(self) -> None:
+        if not self.arms or len(set(map(str, self.arms))) < len(self.arms):
+            raise ConfigError(
+                f"the arms are {self.arms}",
+                where="arms",
+                accepted="at least one arm, each once",
+                fix="thermoe list arms prints the names",
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -183,10 +262,17 @@ def load_spec(preset: str = "demo", overrides: typing.Sequence[str] = ()) -> Com
                 f"{override!r} sets nothing",
                 where="--set",
                 accepted="key.path=value, for example moe.num_experts=16",
+                fix="write the key, an equals sign and the value",
             )
-        _assign(spec, path.strip(), yaml.safe_load(raw))
+        _assign(spec, path.strip(), _Raw(raw))
     spec.check()
     return spec
+
+
+class _Raw(str):
+    """A value as it was typed: read as YAML unless the key holds text, where `off` and `2024` are words."""
+
+    __slots__ = ()
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -223,25 +309,75 @@ def _assign(spec: CompareSpec, path: str, value: Any) -> None:
             fix=f"did you mean {near!r}?" if near else "choose one of the accepted keys",
         )
     hint = typing.get_type_hints(type(owner))[name]
-    setattr(owner, name, _coerce(path, value, hint))
+    setattr(owner, name, _coerce(path, _read(path, value, hint) if isinstance(value, _Raw) else value, hint))
+
+
+def _read(path: str, raw: _Raw, hint: Any) -> Any:
+    """Return what ``raw`` says for a key of type ``hint``."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in kinds:
+        return None if types.NoneType in kinds and raw in ("null", "~", "") else str(raw)
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value {str(raw)!r} cannot be read",
+            where=path,
+            accepted=f"a value in YAML: {_kind_names(hint)}",
+            fix="check brackets, braces and quotation marks",
+        ) from error
+
+
+def _kind_names(hint: Any) -> str:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "a mapping"}
+    names = []
+    for option in options:
+        name = getattr(typing.get_origin(option) or option, "__name__", str(option))
+        if name == "list":
+            names.append("a list of names, for example [dense, baseline]")
+        else:
+            names.append("null" if option is types.NoneType else words.get(name, name))
+    return " or ".join(names)
 
 
 def _coerce(path: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         kind = typing.get_origin(option) or option
-        if kind is type(None) and value is None:
+        if kind is types.NoneType and value is None:
             return None
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            return _as_float(path, value, hint)
         if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
             try:
                 return float(value)
             except ValueError:
                 continue
+        if kind is list and type(value) is list and not all(isinstance(entry, str) for entry in value):
+            continue
         if kind in (int, str, bool, list, dict) and type(value) is kind:
             return value
-    names = " or ".join(
-        "null" if o is type(None) else getattr(typing.get_origin(o) or o, "__name__", str(o)) for o in options
+    raise ConfigError(f"{path} is {value!r}", where=path, accepted=_kind_names(hint), fix=f"set {path} to one of these")
+
+
+def _as_float(path: str, value: float, hint: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(
+            f"{path} is beyond the range of a number", where=path, accepted=_kind_names(hint), fix="lower it"
+        ) from error
+
+
+def _within(where: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise a ConfigError unless ``value`` is finite and in ``low``..``high``."""
+    if low <= value <= high and value < math.inf:
+        return
+    kind = "an integer" if isinstance(low, int) else "a finite number"
+    raise ConfigError(
+        f"{where} is {value}",
+        where=where,
+        accepted=f"{kind} of at least {low:g}" if high == math.inf else f"{kind} from {low:g} to {high:.10g}",
+        fix=f"{'raise' if value < low else 'lower'} {where}",
     )
-    raise ConfigError(f"{path} is {value!r}", where=path, accepted=names)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from thermoe.results import RunFolder
 from thermoe.routers.base import Router
 from thermoe.routers.priced import price_for_pairs
 from thermoe.runtime import seed_everything
-from thermoe.training import TrainSettings, train_language_model
+from thermoe.training import TrainSettings, check_batch, checkpoint_step, last_checkpoint, train_language_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,12 @@ def prepare_corpus(spec: CompareSpec, run: RunFolder, report: Reporter) -> Corpu
     )
     unigram = data.unigram_perplexity(train, heldout_rows, len(tokenizer))
     run.write_manifest(unigram_ppl=unigram)
+    train_rows = data.pack(train, length, what="prose")
+    for phase, settings in (("training", spec.training), ("recovery", spec.recovery)):
+        check_batch(train_rows, settings, where=phase)
     return Corpus(
         tokenizer,
-        data.pack(train, length, what="prose"),
+        train_rows,
         heldout_rows,
         tuple(data.Segment(s.name, s.domain, s.batches[:per_segment], s.bytes_per_token) for s in segments),
         tuple(s.batches[per_segment:] for s in segments),
@@ -128,9 +131,8 @@ def _train(
     model: nn.Module, rows: Tensor, settings: TrainSettings, phase: str, run: RunFolder, report: Reporter, title: str
 ) -> None:
     checkpoints = run.path / "checkpoints" / phase
-    resume = checkpoints.is_dir()
-    if not resume:
-        run.drop_rows(lambda row: row["kind"] in ("train", "eval") and row.get("phase") == phase)
+    reached = checkpoint_step(last_checkpoint(checkpoints))
+    run.drop_rows(lambda row: row["kind"] == "train" and row.get("phase") == phase and row["step"] > reached)
     with report.stage(title, settings.steps) as done:
         train_language_model(
             model,
@@ -139,11 +141,14 @@ def _train(
             checkpoint_dir=checkpoints,
             log=lambda step, fields: run.append("train", phase=phase, step=step, **fields),
             on_step=done,
-            resume=resume,
+            resume=True,
         )
+    if checkpoints.parent.is_dir() and not any(checkpoints.parent.iterdir()):
+        checkpoints.parent.rmdir()
 
 
 def _log_eval(model: nn.Module, corpus: Corpus, phase: str, step: int, run: RunFolder) -> float:
+    run.drop_rows(lambda row: (row["kind"], row.get("phase"), row.get("step")) == ("eval", phase, step))
     value = perplexity(model, corpus.heldout_rows.to(next(model.parameters()).device))
     run.append("eval", phase=phase, step=step, split="held-out prose", nll=float(torch.tensor(value).log()), ppl=value)
     return value
@@ -170,8 +175,7 @@ def prepare_dense(spec: CompareSpec, corpus: Corpus, device: str, run: RunFolder
         eos_token_id=end,
     )
     model = GPT2LMHeadModel(config).to(device)
-    settings = spec.training
-    settings.seed = spec.seed
+    settings = replace(spec.training, seed=spec.seed + spec.training.seed)
     _train(model, corpus.train_rows, settings, "dense", run, report, "train a dense GPT-2 on prose")
     ppl = _log_eval(model, corpus, "dense", settings.steps, run)
     report.say(f"  perplexity on held-out prose {ppl:.1f}; of token frequencies alone {corpus.unigram_ppl:.1f}")
@@ -219,8 +223,7 @@ def prepare_moe(
             f"  converted: with all {experts} experts the logits differ from the dense model's by at most "
             f"{exact['max_abs_diff']:.1e}"
         )
-        settings = spec.recovery
-        settings.seed = spec.seed + 1
+        settings = replace(spec.recovery, seed=spec.seed + spec.recovery.seed)
         before = _log_eval(model, corpus, "recovery", 0, run)
         _train(model, corpus.train_rows, settings, "recovery", run, report, "recovery training of the MoE")
         after = _log_eval(model, corpus, "recovery", settings.steps, run)
