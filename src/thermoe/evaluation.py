@@ -56,8 +56,12 @@ def sequence_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor, *, batch_size: int = 16) -> float:
     """Return exp of the mean negative log-likelihood per predicted token of ``rows`` int64 (N, S)."""
-    if rows.numel() == 0:
-        raise ConfigError("there is no sequence to score", where="rows", accepted="at least one row of tokens")
+    if rows.numel() == 0 or rows.shape[1] < 2:
+        raise ConfigError(
+            f"there is nothing to score in {tuple(rows.shape)} tokens",
+            where="rows",
+            accepted="at least one row of at least two tokens",
+        )
     total = sum(float(sequence_nll(model(batch).logits, batch).sum()) for batch in rows.split(batch_size))
     return math.exp(total / (rows.shape[0] * (rows.shape[1] - 1)))
 

@@ -108,7 +108,17 @@ class RouterAdapter:
         return [p for router in self._routers.values() if router.fast is not None for p in router.fast.parameters()]
 
     def score_and_learn(self, input_ids: Tensor) -> AdaptStep:
-        """Score int64 (B, S) token ids with the present fast weights, then learn from them."""
+        """Score int64 (B, S) token ids with the present fast weights, then learn from them.
+
+        Raises:
+            ConfigError: the sequences have fewer than two tokens, so that there is none to predict.
+        """
+        if input_ids.shape[1] < 2:
+            raise ConfigError(
+                f"sequences of {input_ids.shape[1]} token have nothing to predict",
+                where="input_ids",
+                accepted="int64 (B, S) with S of at least 2",
+            )
         with torch.enable_grad():
             logits = self.model(input_ids).logits
             nll = sequence_nll(logits, input_ids)
@@ -116,8 +126,11 @@ class RouterAdapter:
             scored = nll.detach()
             if not bool(torch.isfinite(loss)):
                 return self._refuse(scored, "the loss is not finite")
+            if not loss.requires_grad:
+                return AdaptStep(scored, False, "no token used an expert", 0.0)
             parameters = self.parameters()
-            gradients = torch.autograd.grad(loss, parameters)
+            # A layer in which no token used an expert has no part in the loss.
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             return self._refuse(scored, "the gradient is not finite")
@@ -169,8 +182,11 @@ class RouterAdapter:
 
     def close(self) -> None:
         """Take the fast weights off; the model is as it was before. May be called twice."""
-        for router in self._routers.values():
-            router.fast = None
+        mine = {id(router.fast) for router in self._routers.values() if router.fast is not None}
+        present = [layer.router for _, layer in moe_layers(self.model)]  # set_router hands fast weights on
+        for router in [*self._routers.values(), *present]:
+            if isinstance(router, Router) and id(router.fast) in mine:
+                router.fast = None
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = set()
