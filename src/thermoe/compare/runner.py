@@ -17,7 +17,8 @@ from thermoe.compare.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.compare.stages import Corpus, choose_price, prepare_corpus, prepare_dense, prepare_moe
 from thermoe.data import Segment
-from thermoe.energy.cost_model import CostModel, ModelWork
+from thermoe.energy.cost_model import CostModel
+from thermoe.energy.work import ModelWork
 from thermoe.errors import ConfigError, RunFolderError, ThermoeError, UnknownNameError
 from thermoe.evaluation import Chooser, routing_accuracy
 from thermoe.moe.layer import moe_layers

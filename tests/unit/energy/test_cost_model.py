@@ -141,8 +141,12 @@ def test_it_says_that_it_is_an_estimate_and_of_what() -> None:
     assert COST.provenance == described["provenance"] == "estimated"
     assert described["basis"] == "prior"
     assert "not this machine" in described["reference"]
-    assert described["terms"]["open_j_per_byte"] == {"value": COST.open_j_per_byte, "unit": "J/byte"}
-    assert described["terms"]["pair_j_per_flop"] == {"value": COST.pair_j_per_flop, "unit": "J/FLOP"}
+    for name, value, unit in (
+        ("open_j_per_byte", COST.open_j_per_byte, "J/byte"),
+        ("pair_j_per_flop", COST.pair_j_per_flop, "J/FLOP"),
+    ):
+        term = described["terms"][name]
+        assert (term["value"], term["unit"]) == (value, unit)
 
 
 def test_a_price_that_keeps_fewer_pairs_costs_less() -> None:

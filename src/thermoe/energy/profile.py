@@ -1,0 +1,141 @@
+"""Cost profiles on disk: what a calibration found, keyed by everything that would change it.
+
+A profile is used when its key matches; for another board of the same kind it is used, flagged and widened; where
+driver, power limit, dtype, expert shape or dispatch backend differ, or where it was made on a simulated source, the
+prior is used instead and the reason is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from thermoe.energy.cost_model import CostModel
+from thermoe.energy.fit import Term
+from thermoe.errors import ConfigError
+from thermoe.results import write_json
+
+SCHEMA = "thermoe.cost_profile"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileKey:
+    """What a calibration holds for.
+
+    Args:
+        device_uuid: the board; ``None`` on a machine without one.
+        device_name: its type.
+        driver: version of the driver.
+        power_limit_w: enforced power limit, in watts.
+        dtype: of the weights.
+        expert_shape: (experts, hidden size, expert width, 1 if gated).
+        dispatch_backend: how experts were computed.
+    """
+
+    device_uuid: str | None
+    device_name: str
+    driver: str | None
+    power_limit_w: float | None
+    dtype: str
+    expert_shape: tuple[int, int, int, int]
+    dispatch_backend: str
+
+    @property
+    def file_name(self) -> str:
+        """Name of the profile's file, a digest of the key."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16] + ".json"
+
+
+def profile_folder() -> Path:
+    """Return the user's cache folder for profiles; it need not exist."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "thermoe" / "profiles"
+
+
+def save_profile(profile: dict[str, Any], key: ProfileKey, folder: Path | None = None) -> Path:
+    """Write a profile whole or not at all, and return its path.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    target = (folder or profile_folder()) / key.file_name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "key": asdict(key), **profile})
+    except OSError as error:
+        raise ConfigError(
+            f"the profile cannot be written: {error.strerror}",
+            where=str(target),
+            accepted="a folder that may be written to",
+            fix="name another folder with --out",
+        ) from error
+    return target
+
+
+def read_profiles(folder: Path | None = None) -> Iterator[tuple[Path, dict[str, Any] | None, str | None]]:
+    """Yield (path, profile or ``None``, why it cannot be used) for every file; files are never touched."""
+    for path in sorted((folder or profile_folder()).glob("*.json")):
+        try:
+            profile = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(profile, dict) or profile.get("schema") != SCHEMA:
+                yield path, None, "not a cost profile"
+            elif int(profile["schema_version"]) > SCHEMA_VERSION:
+                yield path, None, f"written by a newer thermoe (schema {profile['schema_version']}); update thermoe"
+            else:
+                _model_of(profile)
+                yield path, profile, None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield path, None, f"unreadable: {error}"
+
+
+def _model_of(profile: dict[str, Any]) -> CostModel:
+    return CostModel(
+        terms={name: Term(**entry) for name, entry in profile["terms"].items()},
+        basis=profile["basis"],
+        reference=f"{profile['key']['device_name']}, {profile['created_at']}",
+        provenance="simulated" if profile["source_provenance"] == "simulated" else "estimated",
+        validity={name: (low, high) for name, (low, high) in profile["validity"].items()},
+    )
+
+
+def load_cost_model(key: ProfileKey, folder: Path | None = None) -> tuple[CostModel, str]:
+    """Return the cost model for ``key`` and, in words, why this one.
+
+    The newest exact match wins, then the newest of another board of the same kind; otherwise the prior.
+    """
+    wanted = json.loads(json.dumps(asdict(key)))
+    exact: list[tuple[str, CostModel]] = []
+    kin: list[tuple[str, CostModel]] = []
+    passed_over: list[str] = []
+    for path, profile, reason in read_profiles(folder):
+        if profile is None:
+            passed_over.append(f"{path.name} {reason}")
+            continue
+        if profile["basis"] != "calibrated":
+            continue
+        differing = [name for name in wanted if profile["key"].get(name) != wanted[name]]
+        if profile["source_provenance"] != "measured":
+            passed_over.append(f"{path.name} was made on a {profile['source_provenance']} source")
+        elif profile["fit"]["quality"] == "poor":
+            passed_over.append(f"{path.name} has a poor fit")
+        elif not differing:
+            exact.append((profile["created_at"], _model_of(profile)))
+        elif differing == ["device_uuid"]:
+            kin.append((profile["created_at"], _model_of(profile).transferred()))
+    if exact:
+        return max(exact, key=lambda pair: pair[0])[1], "calibrated on this device"
+    if kin:
+        return max(kin, key=lambda pair: pair[0])[1], "calibrated on another board of the same kind"
+    why = "; ".join(passed_over) or "no profile for this device, shape, dtype and backend"
+    return CostModel.prior(), f"prior ({why}); calibrate with: thermoe calibrate"
