@@ -148,6 +148,8 @@ class MoETrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.balance = check_loss_terms(DEFAULT_BALANCE if balance is None else balance)
         self.last_routing_loss: Tensor | None = None
+        # GPT-2's configuration names no loss; the Trainer would count the first token of a row as predicted too.
+        self._loss_shifts_labels = True
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the language-modelling loss plus the routing losses of this forward."""
