@@ -113,6 +113,41 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     _print_path(console, "report:", path)
 
 
+@app.command()
+def calibrate(
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 64,
+    hidden: Annotated[int, typer.Option(help="Model width.")] = 2048,
+    width: Annotated[int, typer.Option(help="Width of one expert.")] = 1024,
+    layers: Annotated[int, typer.Option(help="Layers with weights of their own; fewer where memory is short.")] = 8,
+    gated: Annotated[bool, typer.Option(help="SwiGLU experts, or the ungated ones of GPT-2.")] = True,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    window_s: Annotated[float, typer.Option(help="Measured seconds per operating point.")] = 2.5,
+    telemetry: Annotated[str, typer.Option(help="Telemetry source.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for the profile; the user's cache by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, routing and the order of cells.")] = 0,
+) -> None:
+    """Measure what expert layers cost on this machine and fit the cost model (under two minutes on a GPU).
+
+    Needs a device of its own: the fit is refused when the device is shared, throttled or too noisy. Without a sensor
+    the prior is written, labelled as an estimate.
+    """
+    from rich.console import Console
+
+    from thermoe.energy.command import run_calibration
+
+    _quiet_libraries()
+    run_calibration(
+        Console(),
+        shape=(experts, hidden, width, int(gated)),
+        layers=layers,
+        dtype=dtype,
+        window_s=window_s,
+        telemetry=telemetry,
+        out=out,
+        seed=seed,
+    )
+
+
 _KINDS = {
     "routers": ("thermoe.routers.swap", "ROUTERS"),
     "losses": ("thermoe.moe.losses", "LOSSES"),

@@ -2,8 +2,8 @@
 
 Forced routing varies tokens, experts per token and opened experts apart from each other; the cells come in random order
 with the same anchor cell in between, whose scatter shows drift. Two cells leave the device waiting for a part of the
-time, so that static power can be told from work. The fit is refused, with the reason, when the device was shared or held
-down by heat, or when the anchors scatter.
+time, so that static power can be told from work. The fit is refused, with the reason, when the device was shared or
+held down by heat, or when the anchors scatter.
 """
 
 from __future__ import annotations
@@ -119,6 +119,11 @@ class Calibration:
     idle_after_w: float | None
     cells: tuple[CellResult, ...]
     reason: str | None = None
+
+    @classmethod
+    def of_prior(cls, reason: str) -> Calibration:
+        """Return what stands in for a calibration where energy is not measured."""
+        return cls(CostModel.prior(), None, None, None, None, None, "prior", None, None, (), reason)
 
     def as_profile(self) -> dict[str, Any]:
         """Return the contents of a profile file, without its key."""
@@ -250,9 +255,7 @@ def calibrate(
     """
     described = meter.describe()["energy_j"]
     if described["provenance"] is None:
-        return Calibration(
-            CostModel.prior(), None, None, None, None, None, "prior", None, None, (), str(described["reason"])
-        )
+        return Calibration.of_prior(str(described["reason"]))
     warm = cells[0]
     measure_cell(meter, workload, warm, settle_s=max(0.0, warmup_s - window_s), window_s=min(window_s, 1.0))
     before = meter.measure_idle(idle_s)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from thermoe.moe.experts import Experts
 from thermoe.moe.layer import moe_layers
 
 #: The dtype the prior was measured in; weights are counted at this width whatever this process computes in.
@@ -25,6 +26,12 @@ class LayerWork:
     num_experts: int
     bytes_per_expert: int
     flops_per_pair: int
+
+    @classmethod
+    def of(cls, experts: Experts) -> LayerWork:
+        """Count the matrices of ``experts``: one multiply-add per weight and token; biases are left out everywhere."""
+        weights = experts.flops_per_pair // 2
+        return cls(experts.num_experts, weights * REFERENCE_BYTES_PER_WEIGHT, experts.flops_per_pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +87,7 @@ class ModelWork:
         for _, layer in moe_layers(model):
             experts = layer.experts
             expert_parameters.update(id(p) for p in experts.parameters())
-            layers.append(
-                LayerWork(
-                    experts.num_experts,
-                    experts.flops_per_pair // 2 * REFERENCE_BYTES_PER_WEIGHT,  # one multiply-add per weight
-                    experts.flops_per_pair,
-                )
-            )
+            layers.append(LayerWork.of(experts))
         output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         products = {id(output.weight)} if output is not None else set()
         lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - products

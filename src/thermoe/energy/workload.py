@@ -1,4 +1,4 @@
-"""The work that a calibration repeats: MoE layers with forced routing, as one step that the device runs without a pause.
+"""The work that a calibration repeats: MoE layers with forced routing, run by the device without a pause.
 
 Routing is drawn once per cell: every token takes k of a random subset of U experts, so that tokens, pairs and opened
 experts are known exactly and vary apart from each other. Each layer has weights of its own, together far beyond the
@@ -124,7 +124,7 @@ class MoEStack:
                 Experts(num_experts, hidden_size, intermediate_size, gated=gated, activation=activation).to(dtype)
                 for _ in range(layers)
             ]
-        self.layer = LayerWork(num_experts, self.experts[0].bytes_per_expert, self.experts[0].flops_per_pair)
+        self.layer = LayerWork.of(self.experts[0])
 
     def _routing(self, cell: Cell) -> tuple[list[Tensor], float]:
         """Return ids (T, K) per layer, and the distinct experts they open on average."""
@@ -188,10 +188,9 @@ class MoEStack:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._out = forward()  # kept alive: the graph writes into it
-
-        # The graph and its tensors live as long as the function that replays it.
-        return lambda graph=graph, kept=(forward, self._out): graph.replay()
+            out = forward()
+        self._kept = (forward, out)  # the graph reads and writes these tensors
+        return graph.replay
 
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
