@@ -8,10 +8,9 @@ from collections.abc import Iterable
 
 def near_match(name: str, options: Iterable[str]) -> str | None:
     """Return the option closest to ``name``, or ``None`` when nothing is close."""
-    found = difflib.get_close_matches(name.lower(), {o.lower(): o for o in options}, n=1, cutoff=0.5)
-    if not found:
-        return None
-    return next(o for o in options if o.lower() == found[0])
+    by_lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[found[0]] if found else None
 
 
 class ThermoeError(Exception):

@@ -86,7 +86,10 @@ class RunFolder:
                 accepted="a folder that may be written to",
                 fix="name another output folder",
             ) from error
-        return cls(folder)
+        run = cls(folder)
+        if (folder / "rows.jsonl").is_file():  # a row torn by a crash must not run into the next one
+            run.drop_rows(lambda row: False)
+        return run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
