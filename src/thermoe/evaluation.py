@@ -63,7 +63,8 @@ def perplexity(model: nn.Module, rows: Tensor, *, batch_size: int = 16) -> float
             accepted="at least one row of at least two tokens",
         )
     total = sum(float(sequence_nll(model(batch).logits, batch).sum()) for batch in rows.split(batch_size))
-    return math.exp(total / (rows.shape[0] * (rows.shape[1] - 1)))
+    nats = total / (rows.shape[0] * (rows.shape[1] - 1))
+    return math.inf if nats > 700 else math.exp(nats)  # beyond, a float overflows
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ def _ratio(rows: Sequence[dict[str, Any]], top: str, bottom: str) -> float | Non
     return sum(float(row[top]) for row in rows) / total
 
 
+def _exp(nats: float) -> float:
+    return math.inf if nats > 700 else math.exp(nats)  # beyond, a float overflows; a lost model may well get there
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
@@ -100,7 +104,7 @@ def _summary(
     def ppl(name: str) -> dict[str, float]:
         values = [v for s in segments if name in (s, "all") for v in nll[arm, s]]
         mean, low, high = bootstrap_mean(values)
-        return {"value": math.exp(mean), "lo": math.exp(low), "hi": math.exp(high)}
+        return {"value": _exp(mean), "lo": _exp(low), "hi": _exp(high)}
 
     measured = [row["energy_measured_j"] for row in energy]
     all_measured = bool(measured) and all(value is not None for value in measured)
@@ -168,7 +172,7 @@ def _verdicts(
     manifest = run.manifest
     summary = {row["arm"]: row for row in run.rows("summary")}
     said: list[tuple[str, bool | None]] = []
-    evals = {row["phase"]: row["ppl"] for row in run.rows("eval")}
+    evals = {row["phase"]: float(row["ppl"]) for row in run.rows("eval")}
     unigram = manifest.get("unigram_ppl")
     if "dense" in evals and unigram:
         said.append(
@@ -193,7 +197,8 @@ def _verdicts(
     for arm, against in (("adapted", "priced"), ("baseline_adapted", "baseline")):
         for row in differences:
             if (row["arm"], row["against"], row["segment"]) == (arm, against, "code"):
-                before, after = (summary[name]["ppl"]["code"]["value"] for name in (against, arm))
+                # A number that is not finite is a word in a row.
+                before, after = (float(summary[name]["ppl"]["code"]["value"]) for name in (against, arm))
                 said.append(
                     (
                         "On code, which the model was never trained on, test-time training of the routers moved the "
@@ -231,7 +236,7 @@ def _verdicts(
 def _price_verdict(baseline: dict[str, Any], priced: dict[str, Any]) -> tuple[str, bool | None]:
     before, after = baseline["j_per_token_modelled"]["value"], priced["j_per_token_modelled"]["value"]
     saving = 1 - after / before
-    ppl_before, ppl_after = baseline["ppl"]["all"]["value"], priced["ppl"]["all"]["value"]
+    ppl_before, ppl_after = float(baseline["ppl"]["all"]["value"]), float(priced["ppl"]["all"]["value"])
     return (
         f"The price lowers the experts per token from {baseline['experts_per_token']:.2f} to "
         f"{priced['experts_per_token']:.2f} and the modelled joules per token by {100 * saving:.1f} % (an estimate), "

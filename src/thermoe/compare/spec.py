@@ -304,7 +304,7 @@ def _assign(spec: CompareSpec, path: str, value: Any) -> None:
         near = near_match(path, keys)
         raise ConfigError(
             f"unknown configuration key {path!r}",
-            where=path,
+            where=path or "--set",
             accepted=", ".join(keys),
             fix=f"did you mean {near!r}?" if near else "choose one of the accepted keys",
         )
