@@ -148,6 +148,39 @@ def calibrate(
     )
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; its schema is versioned.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show live readings once a second until Ctrl-C.")] = False,
+    count: Annotated[int | None, typer.Option(min=1, help="With --watch: stop after this many readings.")] = None,
+    load: Annotated[
+        float | None, typer.Option(min=3, max=60, metavar="SECONDS", help="Load the GPU and check its sensors.")
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(help="Exit 3 unless this is measured: energy, power, temperature or memory.")
+    ] = None,
+    torch: Annotated[bool, typer.Option("--torch", help="Ask PyTorch for its device numbers; starts CUDA.")] = False,
+    source: Annotated[
+        str, typer.Option(help="Telemetry source: auto, or a name from `thermoe list sources`.")
+    ] = "auto",
+) -> None:
+    """Say what this machine measures, what it estimates, what is missing, and the one step that would mend it."""
+    from rich.console import Console
+
+    from thermoe import doctor as checks
+
+    if count is not None and not watch:
+        raise typer.BadParameter("--count goes with --watch")
+    console = Console()
+    if watch:
+        checks.watch(source, console, count=count, as_json=as_json)
+        return
+    short = checks.run_doctor(console, source=source, as_json=as_json, with_torch=torch, load_s=load, require=require)
+    if short is not None:
+        typer.echo(f"error: {short}\n  fix: see the diagnosis above", err=True)
+        raise typer.Exit(3)
+
+
 _KINDS = {
     "routers": ("thermoe.routers.swap", "ROUTERS"),
     "losses": ("thermoe.moe.losses", "LOSSES"),

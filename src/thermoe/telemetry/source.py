@@ -170,7 +170,10 @@ class Source(Protocol):
 
     name: str
     provenance: Provenance
-    absent: Mapping[str, str]
+
+    @property
+    def absent(self) -> Mapping[str, str]:
+        """Why a metric is missing here, by metric; read only, so that a source may work it out when asked."""
 
     def devices(self) -> list[Device]:
         """Return what can be read; empty when there is nothing."""
