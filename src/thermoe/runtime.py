@@ -79,6 +79,12 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
+def _command() -> str:
+    """Return the command line as a person would type it, without where the program lies."""
+    program = Path(sys.argv[0]).name
+    return " ".join(["thermoe" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
 def environment_fingerprint() -> dict[str, Any]:
     """Return versions, processor, GPU and commit: what a reader needs to repeat or to distrust a run."""
     import torch
@@ -100,5 +106,5 @@ def environment_fingerprint() -> dict[str, Any]:
             for name in ("thermoe", "torch", "transformers", "accelerate", "tokenizers", "numpy", "nvidia-ml-py")
         },
         "commit": _git_commit(),
-        "command": " ".join(sys.argv),
+        "command": _command(),
     }

@@ -12,6 +12,7 @@ import datetime
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ class Calibration:
             "basis": self.model.basis,
             "source_provenance": weakest_provenance(labels) or "estimated",
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {"thermoe": __version__},
+            "versions": {"thermoe": __version__, "torch": version("torch")},
             "terms": as_dict(self.model.terms),
             "covariance": self.gross.covariance if self.gross else None,
             "net_terms": as_dict(self.net.terms) if self.net else None,

@@ -157,6 +157,7 @@ def _print(console: Console, outcome: Calibration) -> None:
         console.print(
             f"held-out error {100 * outcome.held_out_mape_frac:.1f} %, anchors drifted by "
             f"{100 * outcome.anchor_drift_frac:+.2f} % and scattered by "
-            f"{100 * (outcome.anchor_scatter_frac or 0):.2f} %: {outcome.quality}; absolute joules are good to about 5 %",
+            f"{100 * (outcome.anchor_scatter_frac or 0):.2f} %: {outcome.quality}; "
+            "absolute joules are good to about 5 %",
             highlight=False,
         )
