@@ -89,7 +89,11 @@ def demo(
         "This trains a small GPT-2 on prose, converts it to a Mixture-of-Experts, and compares four ways to run it on "
         "prose, then code, then prose again.\n"
     )
-    run = run_comparison(spec, out, command="demo", resume=resume, reporter=reporter)
+    try:
+        run = run_comparison(spec, out, command="demo", resume=resume, reporter=reporter)
+    except KeyboardInterrupt:  # typer ends the program with exit code 130
+        typer.echo("interrupted; give the same command with --resume to go on", err=True)
+        raise
     report = build_report(run.path)
     console.print()
     console.print(summary_table(run.path, width=console.width))
@@ -244,9 +248,6 @@ def main() -> None:
                 fix="mend that, or name another folder; a run that was cut short goes on with --resume",
             )
         )
-    except KeyboardInterrupt:
-        typer.echo("interrupted; take the run up again with --resume", err=True)
-        sys.exit(130)
 
 
 def _fail(error: ThermoeError) -> NoReturn:

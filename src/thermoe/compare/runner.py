@@ -73,7 +73,6 @@ def run_comparison(
             {"name": n, "title": a.title, "description": a.description, "against": a.against} for n, a in arms.items()
         ],
     )
-    run.drop_rows(lambda row: False)  # a row torn by a crash goes, so that the next one starts on a line of its own
     report.say(f"device: {device.name} ({device.reason})")
     with EnergyMeter(source=spec.telemetry) as meter:
         description = meter.describe()
