@@ -20,6 +20,7 @@ _PUBLIC = {
     "collect_routing": "thermoe.moe.layer",
     "RouterAdapter": "thermoe.adapt.test_time",
     "EnergyMeter": "thermoe.telemetry.meter",
+    "EnergyCallback": "thermoe.energy_callback",
     "CostModel": "thermoe.energy.cost_model",
     "routing_accuracy": "thermoe.evaluation",
 }

@@ -34,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": _BASE | {"moe", "routers", "models", "energy", "data"},
     "training": _BASE | {"moe", "routers", "models", "data"},
     "distributed": _BASE | {"moe", "routers", "models", "telemetry"},
+    "doctor": _BASE | {"telemetry"},
+    "energy_callback": _BASE | {"telemetry"},
     "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "evaluation"},
     "compare": _BASE
     | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thermoe.telemetry.diagnosis import DeviceReport, Diagnosis, MetricReport
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PLAIN_NAMES = {
-    "energy_j": "energy",
+    "energy_j": "energy counter",
     "power_w": "power now",
     "power_avg_w": "power, mean of 1 s",
     "power_limit_w": "power limit",
@@ -193,12 +193,14 @@ def _surroundings(found: Diagnosis) -> list[str]:
     lines += [f"[yellow]note[/] {_escape(note)}" for note in (*visible["notes"], *found.notes)]
     if found.rejected:
         lines.append("turned away by the range gate: " + ", ".join(f"{m} {n}x" for m, n in found.rejected.items()))
-    lines.append("cost profiles  " + (_escape("; ".join(map(_profile, found.profiles))) or "none"))
+    here = {device.uuid for device in found.devices}
+    profiles = "; ".join(_profile(entry, here) for entry in found.profiles)
+    lines.append(f"cost profiles  {_escape(profiles) or 'none; make one with: thermoe calibrate'}")
     return lines
 
 
-def _profile(entry: Mapping[str, Any]) -> str:
+def _profile(entry: Mapping[str, Any], here: Collection[str | None]) -> str:
     age = "" if entry["age_s"] is None else f", {entry['age_s'] / _DAY_S:.0f} days old"
-    what = entry["device_name"] or "unknown device"
+    what = (entry["device_name"] or "unknown device") + (", this board" if entry["device_uuid"] in here else "")
     state = f"{entry['basis']}, {entry['quality'] or 'quality unknown'}" if entry["usable"] else entry["reason"]
     return f"{entry['file']} ({what}{age}; {state})"

@@ -19,10 +19,8 @@ def profiles_folder(environment: Mapping[str, str] | None = None) -> Path:
     home = Path(environment.get("HOME") or environment.get("USERPROFILE") or "~").expanduser()
     if platform.system() == "Windows":
         cache = Path(environment.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif environment.get("XDG_CACHE_HOME"):
-        cache = Path(environment["XDG_CACHE_HOME"])
     else:
-        cache = home / "Library" / "Caches" if platform.system() == "Darwin" else home / ".cache"
+        cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     return cache / "thermoe" / "profiles"
 
 
