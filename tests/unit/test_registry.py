@@ -11,7 +11,6 @@ from thermoe import registry as registry_module
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.registry import Registry
 
-
 SQUARE = ("four", "corners")
 
 

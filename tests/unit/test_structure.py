@@ -34,15 +34,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": _BASE | {"moe", "routers", "models", "energy", "data"},
     "training": _BASE | {"moe", "routers", "models", "data"},
     "distributed": _BASE | {"moe", "routers", "models", "telemetry"},
-    "doctor": _BASE | {"telemetry"},
     "energy_callback": _BASE | {"telemetry"},
+    "doctor": _BASE | {"telemetry"},
     "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "evaluation"},
     "compare": _BASE
-    | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"},
+    | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"}
+    | {"energy_callback"},
     "report": {"results", "errors"},
     "testing": _BASE | {"moe", "routers", "models", "telemetry", "energy", "data"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"models"},  # the finder that teaches transformers our model type; the test of weight below bounds it
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"testing", "__main__", "__init__"}
 
@@ -187,8 +188,7 @@ def test_errors_live_in_one_module_and_carry_an_explanation() -> None:
     assert all(issubclass(c, errors.ThermoeError) and c.__doc__ for c in public)
 
 
-def test_every_module_can_be_imported_alone() -> None:
-    """No module needs another one to have been imported before it."""
+def test_every_module_can_be_imported() -> None:
     for path in FILES:
         if path.name == "__main__.py":
             continue

@@ -132,7 +132,8 @@ def test_a_loss_that_is_not_finite_resets_the_fast_weights() -> None:
         with torch.no_grad():
             model.transformer.wpe.weight[3] = float("nan")
         step = adapter.score_and_learn(BATCHES[2])
-        assert not step.learned and step.reason is not None and "not finite" in step.reason and step.change_norm == 0
+        assert not step.learned and step.change_norm == 0
+        assert step.reason == "the loss is not finite; the fast weights were reset"
         assert all((p == 0).all() for p in adapter.parameters())
         assert adapter.resets == 1 and adapter.updates == 2
         with torch.no_grad():

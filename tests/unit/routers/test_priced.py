@@ -264,19 +264,24 @@ def test_favourites_are_protected_unless_the_drop_pass_takes_all(drop: str) -> N
     assert torch.equal(decision.opened, torch.bincount(favourites, minlength=E) > 0)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from(["all", "phase2", "none"]))
-@settings(max_examples=30)
-def test_tokens_use_opened_experts_alone_and_at_least_k_min(seed: int, k_min: int, drop: str) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 3),
+    st.sampled_from(["all", "phase2", "none"]),
+    st.sampled_from([0.1, 1.0, 100.0]),
+)
+@settings(max_examples=60)
+def test_tokens_use_opened_experts_alone_and_at_least_k_min(seed: int, k_min: int, drop: str, paid: float) -> None:
     torch.manual_seed(seed)
     u = torch.softmax(2 * torch.randn(4, 5, E), -1)
     real = torch.rand(4, 5) < 0.8
-    price, costs = torch.tensor(0.1), torch.rand(E) + 0.5
+    price, costs = torch.tensor(paid), torch.rand(E) + 0.5
     opening = 3 * torch.rand(E)
     opened = open_experts(u, real, price, costs, opening, k_min, 3, drop)  # type: ignore[arg-type]
     assert opened.shape == (4, E)
     assert (opened.sum(-1)[real.any(-1)] >= k_min).all()
     assert not opened[~real.any(-1)].any(), "a group of padding opens nothing"
-    router = _router(3, k_min=k_min, drop=drop, pair_cost=costs.tolist(), open_cost=opening.tolist(), price=0.1)
+    router = _router(3, k_min=k_min, drop=drop, pair_cost=costs.tolist(), open_cost=opening.tolist(), price=paid)
     decision = router(torch.randn(9, D), RoutingContext(9, 1))
     assert (decision.active.sum(-1) >= k_min).all()
 
@@ -312,6 +317,19 @@ def test_batch_invariant_routes_a_token_the_same_in_every_batch() -> None:
         together = router(x, RoutingContext(16, 1)).expert_index
         alone = torch.cat([router(row, RoutingContext(1, 1)).expert_index for row in x.split(1)])
         assert torch.equal(together, alone) == invariant
+
+
+@pytest.mark.parametrize("drop", ["all", "phase2", "none"])
+@pytest.mark.parametrize("price", [0.02, 0.3])
+def test_what_a_group_opens_is_what_its_real_tokens_open(price: float, drop: str) -> None:
+    costs, opening = torch.tensor(COSTS), torch.full((E,), 0.7)
+    for _ in range(20):
+        u = torch.softmax(2 * torch.randn(1, 6, E), -1)
+        real = torch.tensor([[True, False, True, False, False, True]])
+        arguments = (torch.tensor(price), costs, opening, 1, 3, drop)
+        together = open_experts(u, real, *arguments)  # type: ignore[arg-type]
+        alone = open_experts(u[:, real[0]], torch.ones(1, 3, dtype=torch.bool), *arguments)  # type: ignore[arg-type]
+        assert torch.equal(together, alone)
 
 
 def test_padding_groups_and_padded_tokens_have_no_vote() -> None:
