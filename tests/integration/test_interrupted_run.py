@@ -38,16 +38,16 @@ def test_a_run_cut_short_three_times_ends_like_one_that_was_not(
     folder = tmp_path / "run"
     train = stages.train_language_model
 
-    def until_step_15(*args: Any, on_step: Callable[[int], None], **kwargs: Any) -> None:
+    def until_step_17(*args: Any, on_step: Callable[[int], None], **kwargs: Any) -> None:
         def stop(step: int) -> None:
-            if step == 15:
+            if step == 17:
                 raise KeyboardInterrupt
             on_step(step)
 
         train(*args, on_step=stop, **kwargs)
 
-    with monkeypatch.context() as patch:  # in dense training, behind a checkpoint
-        patch.setattr(stages, "train_language_model", until_step_15)
+    with monkeypatch.context() as patch:  # in dense training, behind a checkpoint at 10 and a row at 15
+        patch.setattr(stages, "train_language_model", until_step_17)
         done = demo(folder)
     assert done.code == 130
     assert "--resume" in done.err
