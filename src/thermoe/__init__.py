@@ -8,12 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from thermoe.models.autoload import install as _install
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "MoELayer": "thermoe.moe.layer",
     "MoEBlock": "thermoe.moe.layer",
-    "MoEGPT2Config": "thermoe.models.gpt2",
+    "MoEGPT2Config": "thermoe.models.gpt2_config",
     "MoEGPT2LMHeadModel": "thermoe.models.gpt2",
     "convert_to_moe": "thermoe.models.convert",
     "set_router": "thermoe.routers.swap",
@@ -35,3 +37,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_install()

@@ -21,7 +21,8 @@ from transformers import GPT2LMHeadModel
 
 from thermoe.errors import ConversionError, UnknownNameError
 from thermoe.models.families import FFNWeights, family_of
-from thermoe.models.gpt2 import MoEGPT2Config, MoEGPT2LMHeadModel
+from thermoe.models.gpt2 import MoEGPT2LMHeadModel
+from thermoe.models.gpt2_config import MoEGPT2Config
 from thermoe.moe.layer import MoELayer
 from thermoe.routers.base import Gate
 
