@@ -71,7 +71,7 @@ def standard_library_code(max_bytes: int, *, part: int = 0, parts: int = 1) -> T
             f"no source file of the standard library can be read below {root}",
             where="data.code",
             accepted="a Python installation with its .py files",
-            fix="give a code file of your own with --code FILE",
+            fix="give a code file of your own with --set data.code=FILE",
         )
     return Text("\n\n".join(chunks)[:max_bytes], f"standard library of the running Python, {len(chunks)} files")
 
@@ -108,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < 257:
         raise ConfigError(
             f"the vocabulary size is {vocab_size}",
-            where="tokenizer.vocab_size",
+            where="model.vocab_size",
             accepted="an integer of at least 257 (256 bytes and the end-of-text token)",
         )
     # Lines, so that the trainer can count in parallel; whole books would be one pre-tokenization unit each.
@@ -138,9 +138,9 @@ def pack(tokens: Tensor, sequence_length: int, *, what: str = "text") -> Tensor:
     if rows == 0:
         raise DataError(
             f"the {what} has {tokens.numel()} tokens, fewer than one sequence of {sequence_length}",
-            where="sequence_length",
+            where="model.sequence_length",
             accepted=f"at least {sequence_length} tokens",
-            fix="give more text or shorten sequence_length",
+            fix="give more text or lower model.sequence_length",
         )
     return tokens[: rows * sequence_length].view(rows, sequence_length)
 
@@ -176,9 +176,9 @@ def make_segment(
     if rows.shape[0] < last:
         raise DataError(
             f"segment {name} needs {last} sequences of {sequence_length} tokens, its text has {rows.shape[0]}",
-            where=f"stream.{domain}",
+            where="stream.batches_per_segment",
             accepted=f"at least {last * sequence_length} tokens",
-            fix="give more text, or lower stream.batches, stream.batch_size or sequence_length",
+            fix="give more text, or lower stream.batches_per_segment, stream.batch_size or model.sequence_length",
         )
     return Segment(name, domain, rows[first:last].view(batches, batch_size, sequence_length), bytes_per_token)
 

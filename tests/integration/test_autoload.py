@@ -34,3 +34,14 @@ def test_auto_classes_load_what_was_saved(saved: Path, order: str, auto: str, fo
     code = ORDERS[order].format(names=auto) + f"; print(type({auto}.from_pretrained({str(saved)!r})).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == found, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("first", ["GPT2LMHeadModel", "Trainer", "LlamaForCausalLM"])
+def test_registration_waits_until_other_imports_are_done(saved: Path, first: str) -> None:
+    code = (
+        f"import thermoe; from transformers import {first}; from transformers import AutoModelForCausalLM as Auto; "
+        f"import sys; print(type(Auto.from_pretrained({str(saved)!r})).__name__, "
+        "sum(type(f).__module__ == 'thermoe.models.autoload' for f in sys.meta_path))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "MoEGPT2LMHeadModel 0", done.stderr[-2000:]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thermoe.compare.analysis import summarise
 from thermoe.compare.arms import ARMS, Arm, Prepared, Scorer
@@ -18,6 +18,7 @@ from thermoe.compare.spec import CompareSpec
 from thermoe.compare.stages import Corpus, choose_price, prepare_corpus, prepare_dense, prepare_moe
 from thermoe.data import Segment
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.profile import ProfileKey, load_cost_model
 from thermoe.energy.work import ModelWork
 from thermoe.errors import ConfigError, RunFolderError, ThermoeError, UnknownNameError
 from thermoe.evaluation import Chooser, routing_accuracy
@@ -60,7 +61,6 @@ def run_comparison(
     if device.name == "cpu":
         torch.set_num_threads(max(1, min(torch.get_num_threads(), 16)))
     arms = {name: ARMS.get(name) for name in spec.arms}
-    cost = CostModel.prior()
     run.write_manifest(
         command=command,
         created_at=run.manifest.get("created_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
@@ -68,7 +68,6 @@ def run_comparison(
         config=spec.as_dict(),
         environment=environment_fingerprint(),
         device={"name": device.name, "reason": device.reason},
-        cost_model=cost.describe(),
         arms=[
             {"name": n, "title": a.title, "description": a.description, "against": a.against} for n, a in arms.items()
         ],
@@ -89,6 +88,7 @@ def run_comparison(
         moe = prepare_moe(spec, dense, corpus, run, report)
         price = choose_price(spec, moe, corpus)
         work = ModelWork.of(moe)
+        cost = _cost_model(moe, meter, device.name, run, report)
         run.write_manifest(
             price={
                 "value": price,
@@ -128,6 +128,26 @@ def _check_telemetry(name: str) -> None:
             accepted="auto, off, or a source that opens by its name",
             fix="use --telemetry auto",
         ) from error
+
+
+def _cost_model(moe: nn.Module, meter: EnergyMeter, device: str, run: RunFolder, report: Reporter) -> CostModel:
+    """Return the cost model fitted on this machine for these layers, or the prior, and say which."""
+    experts = next(layer.experts for _, layer in moe_layers(moe))
+    key = ProfileKey.of(
+        meter,
+        dtype=str(experts.down_proj.dtype).removeprefix("torch."),
+        expert_shape=(
+            experts.num_experts,
+            experts.hidden_size,
+            experts.intermediate_size,
+            int(experts.gated),
+        ),
+        device=device,
+    )
+    cost, why = load_cost_model(key)
+    report.say(f"cost model: {why}")
+    run.write_manifest(cost_model={**cost.describe(), "why": why})
+    return cost
 
 
 def _check_same_run(run: RunFolder, spec: CompareSpec) -> bool:

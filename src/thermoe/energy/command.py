@@ -69,7 +69,6 @@ def run_calibration(
     console.print(f"device: {device.name} ({device.reason})", highlight=False)
     with EnergyMeter(source=telemetry) as meter:
         described = meter.describe()["energy_j"]
-        gpus = [d for d in meter.devices if d.kind == "gpu"]
         measured = described["provenance"] is not None and device.name == "cuda"
         if described["provenance"] is not None and device.name != "cuda":
             described = {
@@ -77,15 +76,7 @@ def run_calibration(
                 "provenance": None,
                 "reason": "energy is not that of the device the layers run on",
             }
-        key = ProfileKey(
-            device_uuid=gpus[0].uuid if gpus else None,
-            device_name=gpus[0].name if gpus else "no energy sensor",
-            driver=gpus[0].driver if gpus else None,
-            power_limit_w=meter.snapshot().get("power_limit_w"),
-            dtype=dtype,
-            expert_shape=shape,
-            dispatch_backend="grouped" if dtype == "bfloat16" and device.name == "cuda" else "loop",
-        )
+        key = ProfileKey.of(meter, dtype=dtype, expert_shape=shape, device=device.name)
         if not measured:
             console.print(f"energy: not measured ({described['reason']}); the prior is written, as an estimate")
             outcome = Calibration.of_prior(str(described["reason"]))

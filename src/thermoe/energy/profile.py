@@ -20,6 +20,7 @@ from thermoe.energy.cost_model import CostModel
 from thermoe.energy.fit import Term
 from thermoe.errors import ConfigError
 from thermoe.results import write_json
+from thermoe.telemetry.meter import EnergyMeter
 
 SCHEMA = "thermoe.cost_profile"
 SCHEMA_VERSION = 1
@@ -46,6 +47,20 @@ class ProfileKey:
     dtype: str
     expert_shape: tuple[int, int, int, int]
     dispatch_backend: str
+
+    @classmethod
+    def of(cls, meter: EnergyMeter, *, dtype: str, expert_shape: tuple[int, int, int, int], device: str) -> ProfileKey:
+        """Return the key of layers of this shape on ``device`` ("cpu", "cuda") as ``meter`` sees the machine."""
+        gpus = [d for d in meter.devices if d.kind == "gpu"]
+        return cls(
+            device_uuid=gpus[0].uuid if gpus else None,
+            device_name=gpus[0].name if gpus else "no energy sensor",
+            driver=gpus[0].driver if gpus else None,
+            power_limit_w=meter.snapshot().get("power_limit_w"),
+            dtype=dtype,
+            expert_shape=expert_shape,
+            dispatch_backend="grouped" if device.startswith("cuda") and dtype == "bfloat16" else "loop",
+        )
 
     @property
     def file_name(self) -> str:

@@ -13,8 +13,8 @@ from thermoe.routers.base import ROUTERS, Router
 class RandomRouter(Router):
     """Uniformly random experts, k per token: the zero of routing accuracy.
 
-    The choice is a fixed pseudo-random function of the token's own scores, so that it repeats, needs no generator state
-    and does not depend on what else is in the batch.
+    The choice is a fixed pseudo-random function of the bits of the token's own scores, so that it repeats and needs no
+    generator state. A score that differs in its last bit, as another batch shape can make it, gives another choice.
     """
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
