@@ -61,7 +61,7 @@ def test_code_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="no source file") as error:
         standard_library_code(100)
-    assert error.value.where and error.value.accepted and "--code" in error.value.fix
+    assert error.value.where and error.value.accepted and "data.code=" in error.value.fix
     (tmp_path / "broken.py").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "good.py").write_text("x = 1\n")
     assert standard_library_code(100).content == "x = 1\n"
@@ -151,7 +151,7 @@ def test_a_segment_that_is_too_short_says_how_much_it_needs() -> None:
     assert _segment(30).batches.numel() == 30
     with pytest.raises(DataError, match="needs 6 sequences of 5 tokens, its text has 5") as error:
         _segment(29)
-    assert error.value.where == "stream.prose" and "30 tokens" in error.value.accepted and error.value.fix
+    assert error.value.where == "stream.batches_per_segment" and "30 tokens" in error.value.accepted and error.value.fix
     with pytest.raises(ThermoeError):
         _segment(3)
 
