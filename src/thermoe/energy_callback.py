@@ -25,7 +25,7 @@ from thermoe.telemetry.meter import EnergyMeter
 from thermoe.telemetry.open_window import SUSPEND_S, SUSPENDED
 from thermoe.telemetry.source import SOURCES, Source
 from thermoe.telemetry.status import snapshot_of
-from thermoe.telemetry.totals import EnergyTotals
+from thermoe.telemetry.totals import EnergyTotals, labelled
 from thermoe.telemetry.window import EnergyWindow
 
 _LOG = logging.getLogger("thermoe.energy_callback")
@@ -282,17 +282,17 @@ class EnergyCallback(TrainerCallback, ExportableState):
             "energy/energy_rel_sd": window.energy_rel_sd,
             "energy/flagged": 1.0 if window.status == "flagged" else None,
         }
-        return _labelled(found, window.provenance)
+        return labelled(found, window.provenance)
 
     def _total_values(self) -> dict[str, float]:
         totals = self.totals
         if totals.provenance is None:
             return {}
         if totals.partial:
-            return _labelled({"energy/total_partial_j": totals.energy_j}, totals.provenance)
+            return labelled({"energy/total_partial_j": totals.energy_j}, totals.provenance)
         per_token = totals.energy_j / totals.tokens if self._per_token and totals.tokens > 0 else None
         found = {"energy/total_j": totals.energy_j, "energy/total_j_per_token": per_token}
-        return _labelled(found, totals.provenance)
+        return labelled(found, totals.provenance)
 
     def _state_values(self, edge: _Edge) -> dict[str, float]:
         """Return temperatures and memory at an edge: the hottest board, the memory of all."""
@@ -303,7 +303,7 @@ class EnergyCallback(TrainerCallback, ExportableState):
         found: dict[str, float] = {}
         for name, metric in _STATE_NAMES.items():
             label = weakest_provenance([sample.provenance.get(metric) for sample in samples])
-            found |= _labelled({name: now[metric]}, label)
+            found |= labelled({name: now[metric]}, label)
         return found
 
     # -- beginning and ending -----------------------------------------------------------------------------------------
@@ -364,16 +364,12 @@ class EnergyCallback(TrainerCallback, ExportableState):
 
     def _go_first(self) -> None:
         """Move to the front of the handler's list; the handler is whoever called this event."""
-        frame = sys._getframe(1)
-        for _ in range(6):
+        frame = sys._getframe(1).f_back
+        while frame is not None:
             handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler):
-                others = [callback for callback in handler.callbacks if callback is not self]
-                if len(others) < len(handler.callbacks):
-                    # A new list: the handler is walking the old one.
-                    handler.callbacks = [self, *others]
-                return
-            if frame.f_back is None:
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+                # A new list: the handler is walking the old one.
+                handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
                 return
             frame = frame.f_back
 
@@ -401,9 +397,3 @@ class EnergyCallback(TrainerCallback, ExportableState):
             meter.close()
         except Exception as error:  # closing is the last thing done with it
             _LOG.warning("closing the telemetry failed: %s: %s", type(error).__name__, error)
-
-
-def _labelled(values: Mapping[str, float | None], label: Provenance | None) -> dict[str, float]:
-    """Return the numbers there are; a name that is not of a measured one says so in front."""
-    prefix = "" if label == "measured" else f"{label}/"
-    return {f"{prefix}{name}": value for name, value in values.items() if value is not None and label is not None}

@@ -62,3 +62,9 @@ class EnergyTotals:
     def from_state(cls, saved: Mapping[str, Any]) -> EnergyTotals:
         """Build totals from what a checkpoint holds; unknown entries are passed over."""
         return cls(**{name: saved[name] for name in cls.__slots__ if name in saved})
+
+
+def labelled(values: Mapping[str, float | None], label: Provenance | None) -> dict[str, float]:
+    """Return the numbers there are; the name of one that is not measured has its label in front."""
+    prefix = "" if label == "measured" else f"{label}/"
+    return {f"{prefix}{name}": value for name, value in values.items() if value is not None and label is not None}
