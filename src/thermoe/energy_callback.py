@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 
 from thermoe.errors import ConfigError
-from thermoe.results import Provenance, weakest_provenance
+from thermoe.results import weakest_provenance
 from thermoe.telemetry.arguments import checked_period
 from thermoe.telemetry.evaluate import MIN_TICKS, Edge
 from thermoe.telemetry.meter import EnergyMeter
