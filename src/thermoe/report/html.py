@@ -155,7 +155,7 @@ def _verdicts(data: RunData) -> list[dict[str, str]]:
     verdicts = []
     for row in data.of("verdict"):
         if row.get("text"):
-            kind, label = words.get(row.get("holds"), ("open", "not decided"))
+            kind, label = words.get(row.get("holds"), ("open", "for information"))
             verdicts.append({"text": str(row["text"]), "kind": kind, "label": label})
     return verdicts
 
