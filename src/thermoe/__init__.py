@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MoELayer": "thermoe.moe.layer",
     "MoEBlock": "thermoe.moe.layer",
-    "MoEGPT2Config": "thermoe.models.gpt2_config",
-    "MoEGPT2LMHeadModel": "thermoe.models.gpt2",
+    "MoEGPT2Config": "thermoe.models.classes",
+    "MoEGPT2LMHeadModel": "thermoe.models.classes",
     "convert_to_moe": "thermoe.models.convert",
     "set_router": "thermoe.routers.swap",
     "collect_routing": "thermoe.moe.layer",

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from thermoe.errors import RoutingError
 from thermoe.models.convert import convert_to_moe
-from thermoe.models.gpt2 import MoEGPT2LMHeadModel
 from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.routers.base import Router
 
@@ -59,7 +58,7 @@ def tiny_gpt2(seed: int = 0, **settings: Any) -> GPT2LMHeadModel:
     return model.eval()
 
 
-def tiny_moe(seed: int = 0, *, num_experts: int = 8, top_k: int = 2, **options: Any) -> MoEGPT2LMHeadModel:
+def tiny_moe(seed: int = 0, *, num_experts: int = 8, top_k: int = 2, **options: Any) -> PreTrainedModel:
     """Return `tiny_gpt2` converted by `convert_to_moe`; ``options`` are passed on to it.
 
     The routers start from weights large enough for their choices to differ clearly from token to token.

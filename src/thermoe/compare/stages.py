@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from thermoe import data
 from thermoe.compare.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.evaluation import perplexity
 from thermoe.models.convert import convert_to_moe
-from thermoe.models.gpt2 import MoEGPT2LMHeadModel
 from thermoe.moe.layer import collect_routing, moe_layers
 from thermoe.results import RunFolder
 from thermoe.routers.base import Router
@@ -196,7 +202,7 @@ def exactness(dense: nn.Module, converted: nn.Module, rows: Tensor) -> dict[str,
 
 def prepare_moe(
     spec: CompareSpec, dense: GPT2LMHeadModel, corpus: Corpus, run: RunFolder, report: Reporter
-) -> MoEGPT2LMHeadModel:
+) -> PreTrainedModel:
     """Convert the dense model, check that the conversion is exact with all experts, and train it to live with fewer."""
     device = next(dense.parameters()).device
     seed_everything(spec.seed + 1)

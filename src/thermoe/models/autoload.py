@@ -19,7 +19,7 @@ from types import ModuleType
 
 PACKAGE = "transformers"
 AUTO = "transformers.models.auto.configuration_auto"
-REGISTERING = "thermoe.models.gpt2"
+REGISTERING = "thermoe.models.classes"
 
 
 class _Finder(MetaPathFinder):

@@ -16,13 +16,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from thermoe.errors import ConversionError, UnknownNameError
+from thermoe.models.classes import base_model_of, build_layer, moe_config_class, moe_model_class, place_layer
 from thermoe.models.families import FFNWeights, family_of
-from thermoe.models.gpt2 import MoEGPT2LMHeadModel
-from thermoe.models.gpt2_config import MoEGPT2Config
 from thermoe.moe.layer import MoELayer
 from thermoe.routers.base import Gate
 
@@ -68,15 +67,21 @@ def _fill_experts(layer: MoELayer, ffn: FFNWeights, method: Method) -> None:
     """Write the dense weights into the experts: shards of neurons, or E copies."""
     experts = layer.experts
     count, width = experts.num_experts, experts.intermediate_size
-    if method == "partition":
-        experts.up_weight.copy_(ffn.up.reshape(count, width, -1))
-        experts.down_proj.copy_(ffn.down.reshape(-1, count, width).transpose(0, 1))
-    else:
-        experts.up_weight.copy_(ffn.up.expand_as(experts.up_weight))
-        experts.down_proj.copy_(ffn.down.expand_as(experts.down_proj))
+
+    def spread(rows: Tensor) -> Tensor:  # (F, ...) -> (E, F of one expert, ...)
+        return rows.reshape(count, width, *rows.shape[1:]) if method == "partition" else rows.expand(count, *rows.shape)
+
+    up, bias = spread(ffn.up), None if ffn.up_bias is None else spread(ffn.up_bias)
+    if ffn.gate is not None:
+        up = torch.cat([spread(ffn.gate), up], dim=1)
+        if bias is not None:
+            assert ffn.gate_bias is not None
+            bias = torch.cat([spread(ffn.gate_bias), bias], dim=1)
+    experts.up_weight.copy_(up)
+    experts.down_proj.copy_(spread(ffn.down.T).transpose(1, 2))
     if experts.up_bias is not None:
-        assert ffn.up_bias is not None
-        experts.up_bias.copy_(ffn.up_bias.reshape(count, width) if method == "partition" else ffn.up_bias)
+        assert bias is not None
+        experts.up_bias.copy_(bias)
     if layer.output_bias is not None:
         assert ffn.down_bias is not None
         layer.output_bias.copy_(ffn.down_bias)
@@ -84,7 +89,7 @@ def _fill_experts(layer: MoELayer, ffn: FFNWeights, method: Method) -> None:
 
 @torch.no_grad()
 def convert_to_moe(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     num_experts: int = 8,
     top_k: int | None = None,
@@ -93,11 +98,11 @@ def convert_to_moe(
     gate: Gate | None = None,
     router: str = "topk",
     **router_options: Any,
-) -> MoEGPT2LMHeadModel:
+) -> PreTrainedModel:
     """Convert a dense model; the given model stays as it is.
 
     Args:
-        model: a Hugging Face causal language model of a known architecture.
+        model: a Hugging Face model of a known architecture, with any head or none.
         num_experts: E per converted layer.
         top_k: experts per token; ``None`` is half of E for "partition" and 1 for "copy".
         method: "partition" or "copy"; see the module's text.
@@ -108,42 +113,36 @@ def convert_to_moe(
         router_options: passed to the router.
 
     Returns:
-        A new model in the dtype, device and training mode of the given one.
+        A new model, `MoE` + the class of the given one, in its dtype, device and training mode.
 
     Raises:
-        ConversionError: unknown architecture, no causal language model, an expert count that does not divide the
-            network, no such layer, or a top_k outside 1..E.
+        ConversionError: unknown architecture, quantised weights, an expert count that does not divide the network, no
+            such layer, or a top_k outside 1..E.
         UnknownNameError: unknown method or router.
     """
     if method not in METHODS:
         raise UnknownNameError.of("conversion method", str(method), METHODS, where="method")
     family = family_of(model)
-    if not isinstance(model, GPT2LMHeadModel):  # a trunk or another head would lose parts on the way
-        raise ConversionError(
-            f"{type(model).__name__} is no causal language model",
-            where="model",
-            accepted="GPT2LMHeadModel",
-            fix="load it with transformers.AutoModelForCausalLM",
-        )
-    blocks = model.get_submodule(family.blocks)
+    _check_model(model)
+    base = base_model_of(model)
+    blocks = base.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     chosen = _chosen_blocks(len(blocks), layers)
     dense_config: Any = model.config
-    weights = {i: family.read(getattr(blocks[i], family.ffn), dense_config) for i in chosen}
-    ffn_width = weights[chosen[0]].up.shape[0]
-    width = _expert_width(ffn_width, num_experts, method)
+    config_class: Any = type(dense_config)
+    width = _expert_width(family.shape(dense_config).intermediate_size, num_experts, method)
     top_k = (max(1, num_experts // 2) if method == "partition" else 1) if top_k is None else top_k
     if not 1 <= top_k <= num_experts:
         raise ConversionError(
             f"top_k is {top_k} with {num_experts} experts",
             where="top_k",
             accepted=f"an integer from 1 to {num_experts}",
-            fix="lower top_k or raise num_experts",
+            fix="lower top_k or raise the number of experts",
         )
     gate = gate or ("ramped" if method == "partition" else "renormalized")
     entry = {"name": router, "top_k": top_k, "options": {"gate": gate, **router_options}}
     fields = {key: value for key, value in dense_config.to_dict().items() if key not in ("model_type", "architectures")}
-    config = MoEGPT2Config(
+    config = moe_config_class(config_class)(
         **fields,
         num_experts=num_experts,
         num_experts_per_tok=top_k,
@@ -151,12 +150,39 @@ def convert_to_moe(
         moe_layers=chosen,
         routers={str(i): entry for i in chosen},
     )
-    converted = MoEGPT2LMHeadModel(config).to(dtype=model.dtype, device=model.device)
-    state = {name: value for name, value in model.state_dict().items() if name in converted.state_dict()}
-    converted.load_state_dict(state, strict=False)
-    for i, ffn in weights.items():
-        layer = converted.transformer.h[i].mlp
-        assert isinstance(layer, MoELayer)
-        _fill_experts(layer, ffn, method)
-    converted.generation_config = copy.deepcopy(model.generation_config)
+    config._attn_implementation = dense_config._attn_implementation
+    filled: dict[int, MoELayer] = {}
+    for i in chosen:
+        layer = build_layer(config, i).to(dtype=model.dtype, device=next(blocks[i].parameters()).device)
+        _fill_experts(layer, family.read(blocks[i]), method)
+        filled[i] = layer
+    converted = copy.deepcopy(model)
+    for i, layer in filled.items():
+        place_layer(base_model_of(converted), family, i, layer)
+    for module in converted.modules():  # every part holds the configuration of the whole
+        if getattr(module, "config", None) is converted.config and module is not converted:
+            module.config = config
+    converted.config = config
+    model_class: Any = type(model)
+    converted.__class__ = moe_model_class(model_class)
+    converted.watch_padding()
     return converted.train(model.training)
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what cannot be split."""
+    if not isinstance(model, PreTrainedModel) or type(model).config_class is not type(model.config):
+        raise ConversionError(
+            f"{type(model).__name__} is no model class of transformers for this architecture",
+            where="model",
+            accepted="a model loaded with from_pretrained or an Auto class",
+            fix="load it with transformers.AutoModelForCausalLM, AutoModel or the class of its head",
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        kind = getattr(getattr(model.config, "quantization_config", None), "quant_method", "unknown method")
+        raise ConversionError(
+            f"the weights are quantised ({kind}) and cannot be divided among experts",
+            where="model",
+            accepted="float32, bfloat16 or float16 weights",
+            fix="load the model without quantization_config, convert it, and quantise the result",
+        )

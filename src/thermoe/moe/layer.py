@@ -32,6 +32,7 @@ class MoELayer(nn.Module):
     Attributes:
         last_routing: the RoutingDecision of the last forward; it carries gradients in training.
         padding_mask: bool (B, S) of the next forward, true where the token is real, or ``None``; the model sets it.
+        call_shape: (B, S) of the next forward for models that hand their tokens over as (T, D), or ``None``.
     """
 
     def __init__(
@@ -51,9 +52,15 @@ class MoELayer(nn.Module):
         self.backend = backend
         self.last_routing: RoutingDecision | None = None
         self.padding_mask: Tensor | None = None
+        self.call_shape: tuple[int, int] | None = None
 
     def _context(self, hidden_states: Tensor) -> RoutingContext:
-        batch, length = (1, hidden_states.shape[0]) if hidden_states.ndim == 2 else hidden_states.shape[:2]
+        if hidden_states.ndim != 2:
+            batch, length = hidden_states.shape[:2]
+        elif self.call_shape is not None and self.call_shape[0] * self.call_shape[1] == hidden_states.shape[0]:
+            batch, length = self.call_shape
+        else:
+            batch, length = 1, hidden_states.shape[0]
         mask = self.padding_mask
         if mask is not None:
             if mask.numel() != batch * length:
@@ -78,7 +85,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last decision behind: autograd history cannot be copied or pickled."""
-        return {**super().__getstate__(), "last_routing": None, "padding_mask": None}
+        return {**super().__getstate__(), "last_routing": None, "padding_mask": None, "call_shape": None}
 
 
 class MoEBlock(nn.Module):

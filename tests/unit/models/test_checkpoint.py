@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from thermoe import __version__
 from thermoe.errors import ConfigError
-from thermoe.models.gpt2 import MoEGPT2Config, MoEGPT2LMHeadModel
+from thermoe.models.classes import MoEGPT2Config, MoEGPT2LMHeadModel
 from thermoe.moe.layer import moe_layers
 from thermoe.routers.base import ROUTERS
 from thermoe.routers.swap import set_router

@@ -1,0 +1,300 @@
+"""Mixture-of-Experts classes for the dense classes of transformers, one made from each as it is needed.
+
+`MoELlamaForCausalLM` is a subclass of `LlamaForCausalLM`: same forward, cache, generation and weight names, but the
+feed-forward network of chosen blocks is an `MoELayer`. Its configuration, `MoELlamaConfig`, adds the experts' sizes and
+one entry per layer with the router's name and options, so that a saved model comes back with the routers it had. The
+classes are attributes of this module by name, which is how pickle and `from thermoe.models.classes import ...` find
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import initialization as init
+
+# From their own modules: this one is imported while `transformers` is still resolving its lazy names.
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+from thermoe import __version__
+from thermoe.errors import ConfigError
+from thermoe.models.families import FAMILIES, Family
+from thermoe.moe.experts import Experts
+from thermoe.moe.layer import MoELayer
+from thermoe.routers.base import ROUTERS, Router
+from thermoe.routers.swap import build_router
+
+PREFIX = "thermoe_"
+#: Auto classes that learn of an MoE class when its dense class is known to them.
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+_FIELDS: dict[str, tuple[Any, Any]] = {
+    "num_experts": (int, 8),
+    "num_experts_per_tok": (int, 2),
+    "expert_intermediate_size": (int | None, None),
+    "moe_layers": (list[int] | None, None),
+    "expert_bias": (bool, False),
+    "layer_bias": (bool | None, None),
+    "gated_experts": (bool | None, None),
+    "routers": (dict[str, Any] | None, None),
+    "thermoe_version": (str | None, None),
+}
+_CONFIG_DOC = """Configuration of a {name} with MoE layers: the fields of `{name}` and these.
+
+Args:
+    num_experts: E per MoE layer.
+    num_experts_per_tok: most experts per token, k.
+    expert_intermediate_size: F of one expert; ``None`` divides the dense width by E.
+    moe_layers: positions of the blocks with an MoE layer; ``None`` is all.
+    expert_bias: whether each expert has its own output bias.
+    layer_bias: whether the layer adds one output bias per token; ``None`` as in the dense network.
+    gated_experts: SwiGLU experts or ungated ones; ``None`` as in the dense network.
+    routers: by block position (as a string), ``{{"name": ..., "top_k": ..., "options": {{...}}}}``; the baseline where
+        one is missing.
+    thermoe_version: the version that wrote the configuration.
+
+Raises:
+    ConfigError: a block position does not exist, or k and E do not fit.
+"""
+
+
+def _complete(config: Any) -> None:
+    """Fill in what follows from other fields, and check what belongs together."""
+    shape = config.moe_family.shape(config)
+    if not 1 <= config.num_experts_per_tok <= config.num_experts:
+        raise ConfigError(
+            f"num_experts_per_tok is {config.num_experts_per_tok} with {config.num_experts} experts",
+            where="num_experts_per_tok",
+            accepted=f"an integer from 1 to {config.num_experts}",
+            fix="lower it or raise num_experts",
+        )
+    blocks = config.num_hidden_layers
+    if config.expert_intermediate_size is None:
+        config.expert_intermediate_size = max(1, shape.intermediate_size // config.num_experts)
+    config.moe_layers = list(range(blocks)) if config.moe_layers is None else sorted(set(config.moe_layers))
+    if any(not 0 <= i < blocks for i in config.moe_layers):
+        raise ConfigError(
+            f"MoE layers {config.moe_layers} in a model of {blocks} blocks",
+            where="moe_layers",
+            accepted=f"positions from 0 to {blocks - 1}",
+            fix="name blocks that exist, or leave moe_layers out for all",
+        )
+    config.layer_bias = shape.down_bias if config.layer_bias is None else config.layer_bias
+    config.gated_experts = shape.gated if config.gated_experts is None else config.gated_experts
+    config.routers = dict(config.routers or {})
+    written = config.thermoe_version or __version__
+    if _release(written) > _release(__version__):
+        raise ConfigError(
+            f"the model was written by thermoe {written}, this is {__version__}",
+            where="config.thermoe_version",
+            accepted=f"a version up to {__version__}",
+            fix="update thermoe: pip install --upgrade thermoe",
+        )
+    config.thermoe_version = written
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
+
+
+@functools.cache
+def moe_config_class(dense: type) -> Any:
+    """Return the configuration class of MoE models made from the configuration class ``dense``."""
+    family = FAMILIES[dense.model_type]  # type: ignore[attr-defined]
+    name = f"MoE{dense.__name__}"
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:  # noqa: N807
+        dense.__post_init__(self, **kwargs)  # type: ignore[attr-defined]
+        _complete(self)
+        register_models(made)
+
+    made = type(
+        name,
+        (dense,),
+        {
+            "__module__": __name__,
+            "__doc__": _CONFIG_DOC.format(name=dense.__name__),
+            "__annotations__": {field: kind for field, (kind, _) in _FIELDS.items()},
+            **{field: default for field, (_, default) in _FIELDS.items()},
+            "__post_init__": __post_init__,
+            "model_type": PREFIX + family.model_type,
+            "moe_family": family,
+        },
+    )
+    return made
+
+
+def build_layer(config: Any, position: int) -> MoELayer:
+    """Return the MoE layer of block ``position``, freshly initialised."""
+    shape = config.moe_family.shape(config)
+    entry: Mapping[str, Any] = config.routers.get(str(position), {})
+    router = build_router(
+        entry.get("name", "topk"),
+        shape.hidden_size,
+        config.num_experts,
+        entry.get("top_k", config.num_experts_per_tok),
+        entry.get("options"),
+    )
+    experts = Experts(
+        config.num_experts,
+        shape.hidden_size,
+        config.expert_intermediate_size,
+        activation=shape.activation if config.gated_experts == shape.gated else "silu",
+        gated=config.gated_experts,
+        up_bias=shape.up_bias and config.gated_experts == shape.gated,
+        down_bias=config.expert_bias,
+    )
+    return MoELayer(router, experts, output_bias=config.layer_bias, dropout=shape.dropout)
+
+
+def place_layer(base: nn.Module, family: Family, position: int, layer: MoELayer) -> None:
+    """Put ``layer`` where block ``position`` of the base model has its feed-forward network."""
+    block = base.get_submodule(f"{family.blocks}.{position}")
+    for path, module in ((family.place, layer), *((path, nn.Identity()) for path in family.passed)):
+        owner, _, attribute = path.rpartition(".")
+        setattr(block.get_submodule(owner), attribute, module)
+
+
+def placed_layers(model: Any) -> dict[int, MoELayer]:
+    """Return the MoE layers of a model by block position."""
+    family: Family = model.config.moe_family
+    base = base_model_of(model)
+    return {i: base.get_submodule(f"{family.blocks}.{i}.{family.place}") for i in model.config.moe_layers}  # type: ignore[misc]
+
+
+def base_model_of(model: Any) -> nn.Module:
+    """Return the part of a model that holds the blocks."""
+    base: nn.Module = model.base_model
+    return base
+
+
+class _NotePadding:
+    """Tells the MoE layers, before the model runs, which tokens are real and how many sequences there are."""
+
+    def __init__(self, entry: nn.Module, layers: list[MoELayer]) -> None:
+        self._names = list(inspect.signature(type(entry).forward).parameters)[1:]
+        self._layers = layers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        mask: Tensor | None = given.get("attention_mask")
+        if tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = None
+        else:
+            mask = mask[:, -tokens.shape[1] :].bool()  # with a cache it covers the past too
+        for layer in self._layers:
+            layer.padding_mask = mask
+            layer.call_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+
+
+class MoEModelMixin:
+    """What every MoE class adds to its dense class."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for position in config.moe_layers:
+            place_layer(base_model_of(self), config.moe_family, position, build_layer(config, position))
+        self.watch_padding()
+        self.post_init()  # type: ignore[attr-defined]
+
+    def watch_padding(self) -> None:
+        """Route padding nowhere: note the attention mask whenever the model is called."""
+        entry = base_model_of(self).get_submodule(self.config.moe_family.entry)
+        entry.register_forward_pre_hook(_NotePadding(entry, list(placed_layers(self).values())), with_kwargs=True)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' own initialisers leave alone what a checkpoint has filled.
+        if isinstance(module, Experts):
+            for weight in (module.up_weight, module.down_proj):
+                init.normal_(weight, std=getattr(self.config, "initializer_range", 0.02))
+            for bias in (module.up_bias, module.down_bias):
+                if bias is not None:
+                    init.zeros_(bias)
+        elif isinstance(module, Router):
+            init.normal_(module.weight, std=0.02 * (768 / module.hidden_size) ** 0.5)
+            init.zeros_(module.ramp)
+        elif isinstance(module, MoELayer):
+            if module.output_bias is not None:
+                init.zeros_(module.output_bias)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Experts dispatch through thermoe's own backends, so transformers must not offer to switch them."""
+        return False
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save weights and configuration, with the routers as they are now."""
+        self.config.routers = {
+            str(position): describe_router(layer.router)
+            for position, layer in placed_layers(self).items()
+            if isinstance(layer.router, Router)
+        }
+        self.config.thermoe_version = __version__
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def moe_model_class(dense: type) -> Any:
+    """Return the MoE class made from the dense model class ``dense``."""
+    # Prices and costs stay precise when the weights are loaded in half precision.
+    precise = ("router.price", "router.kappa", "router.pair_cost", "router.open_cost")
+    return type(
+        f"MoE{dense.__name__}",
+        (MoEModelMixin, dense),
+        {
+            "__module__": __name__,
+            "__doc__": f"{dense.__name__} with MoE layers; made by `thermoe.convert_to_moe` or `from_pretrained`.",
+            "config_class": moe_config_class(dense.config_class),  # type: ignore[attr-defined]
+            "_keep_in_fp32_modules_strict": (*(getattr(dense, "_keep_in_fp32_modules_strict", None) or ()), *precise),
+        },
+    )
+
+
+def describe_router(router: Router) -> dict[str, Any]:
+    """Return name, top_k and options: what the configuration needs to build ``router`` again."""
+    return {"name": ROUTERS.name_of(type(router)), "top_k": router.top_k, "options": router.options()}
+
+
+@functools.cache
+def register_models(config_class: type) -> None:
+    """Tell the Auto classes which MoE class belongs to a configuration; done when the first one is made."""
+    dense_config = config_class.__mro__[1]
+    for name in AUTO_CLASSES:
+        auto = getattr(modeling_auto, name)
+        if dense_config not in auto._model_mapping:
+            continue
+        dense = auto._model_mapping[dense_config]
+        auto.register(config_class, moe_model_class(dense[0] if isinstance(dense, tuple) else dense), exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """Find `MoE...` classes by name."""
+    dense = getattr(transformers, name.removeprefix("MoE"), None) if name.startswith("MoE") else None
+    family = getattr(dense, "model_type", None) or getattr(getattr(dense, "config_class", None), "model_type", None)
+    if dense is None or family not in FAMILIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moe_config_class(dense) if hasattr(dense, "model_type") else moe_model_class(dense)
+
+
+for _name in FAMILIES:
+    _made = moe_config_class(CONFIG_MAPPING[_name])
+    AutoConfig.register(_made.model_type, _made, exist_ok=True)
