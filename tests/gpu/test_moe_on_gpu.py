@@ -111,9 +111,7 @@ def test_forward_compiles_as_one_graph(router: str) -> None:
 
 def _tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).cuda().eval()
 
 
