@@ -98,13 +98,14 @@ class AttachedRouter(nn.Module):
             scores = self.scoring.selection_scores(logits, self.base)
             rank = _prefer(self.scoring.ranking(logits, scores).detach(), own_index, unmoved)
             index = self.router.select(rank, scores.detach(), self._context(x_TD.shape[0]))
+            if index.shape == own_index.shape:
+                own_choice = unmoved & (index.sort(-1).values == own_index.sort(-1).values).all(-1, keepdim=True)
+                index = torch.where(own_choice, own_index, index)
             weights = self.scoring.weights(logits, index, self.base).to(own_weights.dtype)
             if index.shape == own_index.shape:
-                same = unmoved & (index.sort(-1).values == own_index.sort(-1).values).all(-1, keepdim=True)
                 # With fast weights the value is the base's, the gradient that of the same function of all logits.
                 exact = own_weights if fast is None else own_weights.detach() + (weights - weights.detach())
-                index = torch.where(same, own_index, index)
-                weights = torch.where(same, exact, weights)
+                weights = torch.where(own_choice, exact, weights)
             probabilities = self.scoring.probabilities(logits)
         return RoutingDecision(logits, probabilities, index, weights), own_logits
 
