@@ -184,7 +184,9 @@ class _Schedule(TrainerCallback):
         if settings.random_k:
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             for router in self.routers:
-                router.active_top_k = int(torch.randint(1, router.top_k + 1, (), generator=generator))
+                # Shards of a copy come together, so k moves by whole copies.
+                size = getattr(router, "group_size", 1)
+                router.active_top_k = size * int(torch.randint(1, router.top_k // size + 1, (), generator=generator))
         if settings.ramp_frac > 0:
             for router in self.routers:
                 router.ramp.fill_(min(1.0, step / (settings.ramp_frac * settings.steps)))

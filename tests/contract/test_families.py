@@ -60,12 +60,23 @@ def test_every_family_is_tested() -> None:
     assert set(TINY) == set(FAMILIES)
 
 
+EXACT = {
+    "partition": {"top_k": 8},
+    "partition, clustered": {"top_k": 8, "neurons": "clustered"},
+    "partition, shared part": {"top_k": 8, "shared_size": 16},
+    "copy, one": {"method": "copy", "top_k": 1},
+    "copy, three": {"method": "copy", "top_k": 3},
+    "virtual, one copy": {"method": "virtual", "groups": 4, "top_k": 4},
+    "virtual, every copy": {"method": "virtual", "groups": 4, "top_k": 8},
+}
+
+
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize(("method", "top_k"), [("partition", 8), ("copy", 1), ("copy", 3)])
-def test_conversion_is_exact_at_the_start(name: str, method: str, top_k: int) -> None:
+@pytest.mark.parametrize("form", EXACT)
+def test_conversion_is_exact_at_the_start(name: str, form: str) -> None:
     dense, ids = dense_model(name), tokens()
     before = copy.deepcopy(dense.state_dict())
-    moe = convert_to_moe(dense, num_experts=8, top_k=top_k, method=method)
+    moe = convert_to_moe(dense, num_experts=8, **EXACT[form])
     with torch.no_grad():
         a, b = dense(ids).logits.double(), moe(ids).logits.double()
     assert float((a - b).abs().max()) < 1e-5

@@ -45,6 +45,7 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     "num_experts": (int, 8),
     "num_experts_per_tok": (int, 2),
     "expert_intermediate_size": (int | None, None),
+    "shared_intermediate_size": (int, 0),
     "moe_layers": (list[int] | None, None),
     "expert_bias": (bool, False),
     "layer_bias": (bool | None, None),
@@ -58,6 +59,7 @@ Args:
     num_experts: E per MoE layer.
     num_experts_per_tok: most experts per token, k.
     expert_intermediate_size: F of one expert; ``None`` divides the dense width by E.
+    shared_intermediate_size: neurons of an always-on part beside the experts; 0 is none.
     moe_layers: positions of the blocks with an MoE layer; ``None`` is all.
     expert_bias: whether each expert has its own output bias.
     layer_bias: whether the layer adds one output bias per token; ``None`` as in the dense network.
@@ -148,16 +150,18 @@ def build_layer(config: Any, position: int) -> MoELayer:
         entry.get("top_k", config.num_experts_per_tok),
         entry.get("options"),
     )
+    form = {
+        "activation": shape.activation if config.gated_experts == shape.gated else "silu",
+        "gated": config.gated_experts,
+        "up_bias": shape.up_bias and config.gated_experts == shape.gated,
+    }
     experts = Experts(
-        config.num_experts,
-        shape.hidden_size,
-        config.expert_intermediate_size,
-        activation=shape.activation if config.gated_experts == shape.gated else "silu",
-        gated=config.gated_experts,
-        up_bias=shape.up_bias and config.gated_experts == shape.gated,
-        down_bias=config.expert_bias,
+        config.num_experts, shape.hidden_size, config.expert_intermediate_size, **form, down_bias=config.expert_bias
     )
-    return MoELayer(router, experts, output_bias=config.layer_bias, dropout=shape.dropout)
+    shared = None
+    if config.shared_intermediate_size:
+        shared = Experts(1, shape.hidden_size, config.shared_intermediate_size, **form)
+    return MoELayer(router, experts, shared=shared, output_bias=config.layer_bias, dropout=shape.dropout)
 
 
 def place_layer(base: nn.Module, family: Family, position: int, layer: MoELayer) -> None:

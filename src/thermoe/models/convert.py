@@ -4,7 +4,11 @@
   divided among E experts. A dense output is the sum of all experts' outputs, so that k = E with unit weights is the
   dense model; fewer experts save compute and lose some of it, which recovery training wins back.
 - `copy` (upcycling, arXiv 2212.05055): E copies of the whole network with renormalised weights: exact for every router
-  and every k, and k times the compute.
+  and every k, and k times the compute. Noise or a partial re-initialisation (drop-upcycling, arXiv 2502.19261) make the
+  copies differ, at the price of exactness.
+- `virtual` (arXiv 2410.07524): the network is divided into G shards, each in R = E / G copies. The router chooses k / G
+  copies first and then takes all G shards of each, so that the start is exact for every k that is a multiple of G; the
+  weights of k experts add up to 1 while a dense output is the sum of G shards, so the output projection is scaled by G.
 
 The output bias stays outside the experts and is added once per token; inside, k experts would add it k times.
 """
@@ -22,11 +26,13 @@ from transformers import PreTrainedModel
 from thermoe.errors import ConversionError, UnknownNameError
 from thermoe.models.classes import base_model_of, build_layer, moe_config_class, moe_model_class, place_layer
 from thermoe.models.families import FFNWeights, family_of
+from thermoe.models.neurons import Grouping, divide_neurons, largest_neurons
+from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
-from thermoe.routers.base import Gate
+from thermoe.routers.base import Gate, Router
 
-Method = Literal["partition", "copy"]
-METHODS: tuple[Method, ...] = ("partition", "copy")
+Method = Literal["partition", "copy", "virtual"]
+METHODS: tuple[Method, ...] = ("partition", "copy", "virtual")
 
 
 def _chosen_blocks(count: int, layers: Iterable[int] | None) -> list[int]:
@@ -41,7 +47,8 @@ def _chosen_blocks(count: int, layers: Iterable[int] | None) -> list[int]:
     return chosen
 
 
-def _expert_width(ffn_width: int, num_experts: int, method: Method) -> int:
+def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None, shared: int) -> int:
+    """Return into how many shards the network is divided, after checking that it can be."""
     if num_experts < 1:
         raise ConversionError(
             f"num_experts is {num_experts}",
@@ -49,39 +56,104 @@ def _expert_width(ffn_width: int, num_experts: int, method: Method) -> int:
             accepted="an integer of at least 1",
             fix="leave it out for the default of 8",
         )
-    if method == "copy":
-        return ffn_width
-    if ffn_width % num_experts:
-        near = [n for n in range(2, min(ffn_width, 129)) if ffn_width % n == 0]
+    if groups is not None and method != "virtual":
         raise ConversionError(
-            f"{num_experts} experts do not divide the {ffn_width} neurons of the feed-forward network",
-            where="num_experts",
-            accepted=", ".join(map(str, near)) or "1",
-            fix=f"use num_experts={min(near, key=lambda n: abs(n - num_experts))}" if near else "use method='copy'",
+            f"groups is {groups} with method {method!r}",
+            where="groups",
+            accepted="None, or method='virtual'",
+            fix="leave groups out",
         )
-    return ffn_width // num_experts
+    if shared and method != "partition":
+        raise ConversionError(
+            f"shared_size is {shared} with method {method!r}",
+            where="shared_size",
+            accepted="0, or method='partition'",
+            fix="leave shared_size out",
+        )
+    if not 0 <= shared < ffn_width:
+        raise ConversionError(
+            f"shared_size is {shared} of {ffn_width} neurons",
+            where="shared_size",
+            accepted=f"an integer from 0 to {ffn_width - 1}",
+            fix="leave some neurons to the experts",
+        )
+    if method == "copy":
+        return 1
+    shards = num_experts if method == "partition" else (groups or 2)
+    if method == "virtual" and (shards < 1 or num_experts % shards):
+        raise ConversionError(
+            f"{num_experts} experts cannot be {shards} shards in equal numbers of copies",
+            where="groups",
+            accepted=f"a divisor of {num_experts}",
+            fix="choose groups so that num_experts is a multiple of it",
+        )
+    if (ffn_width - shared) % shards:
+        near = [n for n in range(2, min(ffn_width, 129)) if (ffn_width - shared) % n == 0]
+        name = "num_experts" if method == "partition" else "groups"
+        what = "experts" if method == "partition" else "shards"
+        raise ConversionError(
+            f"{shards} {what} do not divide the {ffn_width - shared} neurons of the feed-forward network",
+            where=name,
+            accepted=", ".join(map(str, near)) or "1",
+            fix=f"use {name}={min(near, key=lambda n: abs(n - shards))}" if near else "use method='copy'",
+        )
+    return shards
 
 
 @torch.no_grad()
-def _fill_experts(layer: MoELayer, ffn: FFNWeights, method: Method) -> None:
-    """Write the dense weights into the experts: shards of neurons, or E copies."""
-    experts = layer.experts
-    count, width = experts.num_experts, experts.intermediate_size
-
-    def spread(rows: Tensor) -> Tensor:  # (F, ...) -> (E, F of one expert, ...)
-        return rows.reshape(count, width, *rows.shape[1:]) if method == "partition" else rows.expand(count, *rows.shape)
-
-    up, bias = spread(ffn.up), None if ffn.up_bias is None else spread(ffn.up_bias)
+def _fill(experts: Experts, ffn: FFNWeights, neurons: Tensor, scale: float = 1.0) -> None:
+    """Give each expert its neurons (E, F of one expert); ``scale`` is on the output projection."""
+    up, bias = ffn.up[neurons], None if ffn.up_bias is None else ffn.up_bias[neurons]
     if ffn.gate is not None:
-        up = torch.cat([spread(ffn.gate), up], dim=1)
+        up = torch.cat([ffn.gate[neurons], up], dim=1)
         if bias is not None:
             assert ffn.gate_bias is not None
-            bias = torch.cat([spread(ffn.gate_bias), bias], dim=1)
+            bias = torch.cat([ffn.gate_bias[neurons], bias], dim=1)
     experts.up_weight.copy_(up)
-    experts.down_proj.copy_(spread(ffn.down.T).transpose(1, 2))
+    experts.down_proj.copy_(scale * ffn.down.T[neurons].transpose(1, 2))
     if experts.up_bias is not None:
         assert bias is not None
         experts.up_bias.copy_(bias)
+
+
+@torch.no_grad()
+def _diversify(experts: Experts, noise: float, reinit_frac: float, seed: int) -> None:
+    """Make copies differ: noise relative to each weight's spread, and a share of neurons drawn anew per expert."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight, neuron_dim in ((experts.up_weight, 1), (experts.down_proj, 2)):
+        std, mean = weight.float().std(), weight.float().mean()
+        fresh = torch.randn(weight.shape, generator=generator).to(weight.device)
+        if noise:
+            weight.add_((noise * std * fresh).to(weight.dtype))
+        if reinit_frac:
+            shape = [weight.shape[0], 1, 1]
+            shape[neuron_dim] = weight.shape[neuron_dim]
+            # The same neurons on both sides: the choice is drawn from a generator of its own.
+            chosen = torch.rand(weight.shape[0], experts.intermediate_size, generator=_again(seed)) < reinit_frac
+            if weight.shape[neuron_dim] != experts.intermediate_size:  # gate and up rows of one neuron go together
+                chosen = torch.cat([chosen, chosen], dim=1)
+            weight.copy_(torch.where(chosen.view(shape).to(weight.device), mean + std * fresh, weight))
+
+
+def _again(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + 1)
+
+
+@torch.no_grad()
+def _fill_layer(layer: MoELayer, ffn: FFNWeights, method: Method, shards: int, grouping: Grouping, seed: int) -> None:
+    """Write the dense weights into a layer."""
+    experts = layer.experts
+    everything = torch.arange(ffn.up.shape[0], device=ffn.up.device)
+    if layer.shared is not None:
+        always, everything = largest_neurons(ffn, layer.shared.intermediate_size)
+        _fill(layer.shared, ffn, always.unsqueeze(0))
+    parts = divide_neurons(ffn, everything, shards, grouping, seed=seed)
+    _fill(experts, ffn, parts.repeat(experts.num_experts // shards, 1), scale=shards if method == "virtual" else 1.0)
+    if method == "virtual":
+        router = layer.router
+        assert isinstance(router, Router)
+        rows = router.weight.view(-1, shards, router.hidden_size)
+        router.weight.copy_(rows[:, :1].expand_as(rows).reshape_as(router.weight))
     if layer.output_bias is not None:
         assert ffn.down_bias is not None
         layer.output_bias.copy_(ffn.down_bias)
@@ -95,6 +167,12 @@ def convert_to_moe(
     top_k: int | None = None,
     method: Method = "partition",
     layers: Iterable[int] | None = None,
+    neurons: Grouping = "contiguous",
+    shared_size: int = 0,
+    groups: int | None = None,
+    noise: float = 0.0,
+    reinit_frac: float = 0.0,
+    seed: int = 0,
     gate: Gate | None = None,
     router: str = "topk",
     **router_options: Any,
@@ -104,10 +182,17 @@ def convert_to_moe(
     Args:
         model: a Hugging Face model of a known architecture, with any head or none.
         num_experts: E per converted layer.
-        top_k: experts per token; ``None`` is half of E for "partition" and 1 for "copy".
-        method: "partition" or "copy"; see the module's text.
+        top_k: experts per token; ``None`` is half of E for "partition", 1 for "copy" and the number of shards for
+            "virtual".
+        method: "partition", "copy" or "virtual"; see the module's text.
         layers: positions of the blocks to convert; ``None`` is all.
-        gate: how combine weights are formed; ``None`` is "ramped" for "partition" and "renormalized" for "copy", with
+        neurons: "contiguous" or "clustered": how neurons are divided into shards.
+        shared_size: neurons of an always-on part beside the experts ("partition").
+        groups: shards of "virtual"; 2 when ``None``.
+        noise: standard deviation of noise on the experts' weights, relative to theirs ("copy", "virtual").
+        reinit_frac: share of each expert's neurons drawn anew ("copy", "virtual").
+        seed: of clusters, noise and re-initialisation.
+        gate: how combine weights are formed; ``None`` is "ramped" for "partition" and "renormalized" otherwise, with
             which the conversion is exact at the start.
         router: a registered router name.
         router_options: passed to the router.
@@ -130,23 +215,21 @@ def convert_to_moe(
     chosen = _chosen_blocks(len(blocks), layers)
     dense_config: Any = model.config
     config_class: Any = type(dense_config)
-    width = _expert_width(family.shape(dense_config).intermediate_size, num_experts, method)
-    top_k = (max(1, num_experts // 2) if method == "partition" else 1) if top_k is None else top_k
-    if not 1 <= top_k <= num_experts:
-        raise ConversionError(
-            f"top_k is {top_k} with {num_experts} experts",
-            where="top_k",
-            accepted=f"an integer from 1 to {num_experts}",
-            fix="lower top_k or raise the number of experts",
-        )
+    ffn_width = family.shape(dense_config).intermediate_size
+    shards = _shards(ffn_width, num_experts, method, groups, shared_size)
+    if top_k is None:
+        top_k = max(1, num_experts // 2) if method == "partition" else shards
+    _check_numbers(num_experts, top_k, method, shards, noise, reinit_frac)
     gate = gate or ("ramped" if method == "partition" else "renormalized")
-    entry = {"name": router, "top_k": top_k, "options": {"gate": gate, **router_options}}
+    options = {"gate": gate, **({"group_size": shards} if method == "virtual" else {}), **router_options}
+    entry = {"name": router, "top_k": top_k, "options": options}
     fields = {key: value for key, value in dense_config.to_dict().items() if key not in ("model_type", "architectures")}
     config = moe_config_class(config_class)(
         **fields,
         num_experts=num_experts,
         num_experts_per_tok=top_k,
-        expert_intermediate_size=width,
+        expert_intermediate_size=(ffn_width - shared_size) // shards,
+        shared_intermediate_size=shared_size,
         moe_layers=chosen,
         routers={str(i): entry for i in chosen},
     )
@@ -154,7 +237,9 @@ def convert_to_moe(
     filled: dict[int, MoELayer] = {}
     for i in chosen:
         layer = build_layer(config, i).to(dtype=model.dtype, device=next(blocks[i].parameters()).device)
-        _fill_experts(layer, family.read(blocks[i]), method)
+        _fill_layer(layer, family.read(blocks[i]), method, shards, neurons, seed)
+        if noise or reinit_frac:
+            _diversify(layer.experts, noise, reinit_frac, seed + 1000 * i)
         filled[i] = layer
     converted = copy.deepcopy(model)
     for i, layer in filled.items():
@@ -167,6 +252,38 @@ def convert_to_moe(
     converted.__class__ = moe_model_class(model_class)
     converted.watch_padding()
     return converted.train(model.training)
+
+
+def _check_numbers(num_experts: int, top_k: int, method: Method, shards: int, noise: float, reinit_frac: float) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ConversionError(
+            f"top_k is {top_k} with {num_experts} experts",
+            where="top_k",
+            accepted=f"an integer from 1 to {num_experts}",
+            fix="lower top_k or raise the number of experts",
+        )
+    if method == "virtual" and top_k % shards:
+        raise ConversionError(
+            f"top_k is {top_k} with {shards} shards",
+            where="top_k",
+            accepted=f"a multiple of {shards}, so that every chosen copy has all its shards",
+            fix=f"use top_k={max(shards, top_k // shards * shards)}, or other groups",
+        )
+    for name, value, most in (("noise", noise, float("inf")), ("reinit_frac", reinit_frac, 1.0)):
+        if not 0 <= value <= most:
+            raise ConversionError(
+                f"{name} is {value}",
+                where=name,
+                accepted="a number of at least 0" if most > 1 else "0 to 1",
+                fix=f"leave {name} out for 0",
+            )
+        if value and method == "partition":
+            raise ConversionError(
+                f"{name} is {value} with method 'partition'",
+                where=name,
+                accepted="0, or method='copy' or 'virtual'",
+                fix="the experts of a partition differ already",
+            )
 
 
 def _check_model(model: Any) -> None:

@@ -25,6 +25,7 @@ class MoELayer(nn.Module):
     Args:
         router: maps ((T, D), RoutingContext) to a RoutingDecision.
         experts: the E networks.
+        shared: one network that every token passes through beside its experts, or ``None``.
         output_bias: whether a bias (D,) shared by all experts is added once per token.
         dropout: probability of dropping an output value in training.
         backend: how experts are computed; see `run_experts`.
@@ -40,6 +41,7 @@ class MoELayer(nn.Module):
         router: nn.Module,
         experts: Experts,
         *,
+        shared: Experts | None = None,
         output_bias: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
@@ -47,6 +49,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         self.output_bias = nn.Parameter(torch.zeros(experts.hidden_size)) if output_bias else None
         self.dropout = nn.Dropout(dropout)
         self.backend = backend
@@ -79,6 +82,8 @@ class MoELayer(nn.Module):
         decision: RoutingDecision = self.router(x_TD, self._context(hidden_states))
         self.last_routing = decision if torch.is_grad_enabled() else decision.detach()
         y_TD = run_experts(x_TD, decision.expert_index, decision.weights, self.experts, backend=self.backend)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared.forward_all(x_TD)[0]
         if self.output_bias is not None:
             y_TD = y_TD + self.output_bias
         return self.dropout(y_TD).view_as(hidden_states)

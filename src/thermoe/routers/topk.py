@@ -34,9 +34,11 @@ class TopKRouter(Router):
         temperature: when set, experts are sampled in training without replacement from softmax(z / temperature)
             (Gumbel top-k, arXiv 1903.06059), which frees a router that always picks the same ones. Evaluation is
             unchanged: dividing by a temperature does not alter a ranking.
+        group_size: G, above 1 for experts that are shards of a copy (experts r*G to r*G + G-1 make up copy r): copies
+            are ranked by the mean logit of their shards and taken whole, k / G of them.
 
     Raises:
-        ConfigError: a capacity factor or the temperature is not above 0.
+        ConfigError: a capacity factor or the temperature is not above 0, or G does not divide E and k.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TopKRouter(Router):
         eval_capacity_factor: float | None = None,
         drop_order: DropOrder = "position",
         temperature: float | None = None,
+        group_size: int = 1,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
         for name, value in (
@@ -63,6 +66,14 @@ class TopKRouter(Router):
                 )
         if drop_order not in DROP_ORDERS:
             raise UnknownNameError.of("drop order", str(drop_order), DROP_ORDERS, where="drop_order")
+        if group_size < 1 or num_experts % group_size or top_k % group_size:
+            raise ConfigError(
+                f"group_size is {group_size} with {num_experts} experts and top_k {top_k}",
+                where="group_size",
+                accepted="a divisor of both",
+                fix="leave it out for 1",
+            )
+        self.group_size = group_size
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.drop_order: DropOrder = drop_order
@@ -76,6 +87,7 @@ class TopKRouter(Router):
             "eval_capacity_factor": self.eval_capacity_factor,
             "drop_order": self.drop_order,
             "temperature": self.temperature,
+            "group_size": self.group_size,
         }
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
@@ -84,11 +96,16 @@ class TopKRouter(Router):
 
     def _rank(self, logits: Tensor) -> Tensor:
         """Return the top-k experts before any capacity."""
-        ranked = logits
+        size, top_k = self.group_size, self.active_top_k or self.top_k
+        ranked = logits if size == 1 else logits.unflatten(-1, (-1, size)).mean(-1)
         if self.training and self.temperature is not None:
-            uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)
-            ranked = logits / self.temperature - torch.log(-torch.log(uniform))
-        return torch.topk(ranked, self.active_top_k or self.top_k, dim=-1).indices
+            uniform = torch.rand_like(ranked).clamp(min=torch.finfo(logits.dtype).tiny)
+            ranked = ranked / self.temperature - torch.log(-torch.log(uniform))
+        chosen = torch.topk(ranked, -(-top_k // size), dim=-1).indices
+        if size == 1:
+            return chosen
+        shards = torch.arange(size, device=logits.device)
+        return (chosen.unsqueeze(-1) * size + shards).flatten(-2)
 
     def _limit(self, index: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Apply the capacity, if there is one."""
