@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs/demo
+OLDEST := .venv-oldest
 
-.PHONY: help setup demo test lint fmt type check bench clean
+.PHONY: help setup demo test test-oldest lint fmt type check bench clean
 
 help:            ## list the targets
-	@grep -E '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
 
 setup: $(STAMP)  ## create .venv and install thermoe with its pinned dependencies
 
@@ -25,6 +26,15 @@ demo: $(STAMP)   ## convert, route, train, adapt and compare on real text (5 min
 test: $(STAMP)   ## run every test (under 6 minutes on two cores)
 	$(BIN)/python -m pytest
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## run what touches transformers on the oldest version supported
+	$(OLDEST)/bin/python -m pytest tests/contract tests/unit/models tests/unit/adapt tests/unit/test_training.py tests/unit/test_energy_callback.py
+
 lint: $(STAMP)   ## check style and format
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
@@ -36,7 +46,7 @@ fmt: $(STAMP)    ## format the code and mend what can be mended
 type: $(STAMP)   ## check types strictly
 	$(BIN)/mypy
 
-check: lint type test  ## all that CI runs
+check: lint type test test-oldest  ## all that CI runs
 
 clean:           ## remove the environment and the caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
