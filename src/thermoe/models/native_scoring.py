@@ -129,8 +129,10 @@ class NativeScoring:
                 return f"its router does not map (T, D) to (logits, weights, ids): {error}"
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in answer]
             expected = [(_PROBE_TOKENS, self.num_experts), *[(_PROBE_TOKENS, self.top_k)] * 2]
-            if shapes != expected or answer[2].is_floating_point():
+            if shapes != expected:
                 return f"its router returns {shapes}, not (logits, weights, ids) of shapes {expected}"
+            if answer[2].is_floating_point():
+                return f"its router returns ids of {answer[2].dtype}, so not in the order (logits, weights, ids)"
             logits, weights, index = answer
             ours = self.weights(logits, index, base)
             scores = self.selection_scores(logits, base)
