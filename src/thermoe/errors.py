@@ -63,6 +63,10 @@ class ConversionError(ThermoeError, ValueError):
     """A model cannot be converted as asked."""
 
 
+class CheckpointError(ThermoeError, RuntimeError):
+    """A saved model is incomplete, damaged, or does not fit its configuration."""
+
+
 class RoutingError(ThermoeError, ValueError):
     """A router was built or called with values it cannot route."""
 

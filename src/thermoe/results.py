@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,23 @@ Provenance = Literal["measured", "estimated", "simulated", "replayed"]
 #: From the weakest to the strongest; a sum is only as good as its weakest part.
 PROVENANCE_ORDER: tuple[Provenance, ...] = ("simulated", "replayed", "estimated", "measured")
 SCHEMA_VERSION = 1
+
+
+def save_whole(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` on a temporary folder beside ``folder`` and rename it: nothing half-written is left behind.
+
+    Args:
+        folder: absent or empty.
+        write: writes into the folder it is given, and may create it.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(partial)
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def weakest_provenance(parts: Iterable[Provenance | None]) -> Provenance | None:

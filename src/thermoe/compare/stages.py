@@ -5,11 +5,8 @@ Each stage leaves a file or folder in the run folder, so that a resumed run take
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +24,9 @@ from thermoe.compare.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.evaluation import perplexity
 from thermoe.models.convert import convert_to_moe
-from thermoe.moe.layer import collect_routing, moe_layers
-from thermoe.results import RunFolder
-from thermoe.routers.base import Router
+from thermoe.models.measure import exactness, model_size
+from thermoe.moe.layer import collect_routing
+from thermoe.results import RunFolder, save_whole
 from thermoe.routers.priced import price_for_pairs
 from thermoe.runtime import seed_everything
 from thermoe.training import TrainSettings, check_batch, checkpoint_step, last_checkpoint, train_language_model
@@ -125,14 +122,6 @@ def prepare_corpus(spec: CompareSpec, run: RunFolder, report: Reporter) -> Corpu
     )
 
 
-def save_whole(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` on a temporary folder and rename it, so that no half-written folder is left behind."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    partial.replace(folder)
-
-
 def _train(
     model: nn.Module, rows: Tensor, settings: TrainSettings, phase: str, run: RunFolder, report: Reporter, title: str
 ) -> None:
@@ -189,17 +178,6 @@ def prepare_dense(spec: CompareSpec, corpus: Corpus, device: str, run: RunFolder
     return model
 
 
-def exactness(dense: nn.Module, converted: nn.Module, rows: Tensor) -> dict[str, float]:
-    """Return the largest difference of logits and the mean KL(dense || converted) per token, in nats."""
-    with torch.no_grad():
-        a, b = dense(rows).logits.double(), converted(rows).logits.double()
-    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-    return {
-        "max_abs_diff": float((a - b).abs().max()),
-        "logit_kl": float((log_a.exp() * (log_a - log_b)).sum(-1).mean()),
-    }
-
-
 def prepare_moe(
     spec: CompareSpec, dense: GPT2LMHeadModel, corpus: Corpus, run: RunFolder, report: Reporter
 ) -> PreTrainedModel:
@@ -248,16 +226,6 @@ def prepare_moe(
         sizes={"dense": model_size(dense), "moe": model_size(model)},
     )
     return model
-
-
-def model_size(model: nn.Module) -> dict[str, int]:
-    """Return all parameters, and those that work on one token (top_k experts of each MoE layer)."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
-    for _, layer in moe_layers(model):
-        assert isinstance(layer.router, Router)
-        idle += layer.experts.parameters_per_expert * (layer.experts.num_experts - layer.router.top_k)
-    return {"parameters": total, "active_parameters": total - idle}
 
 
 @torch.no_grad()

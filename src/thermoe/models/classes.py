@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -25,6 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 
 from thermoe import __version__
 from thermoe.errors import ConfigError
+from thermoe.models.card import write_card
+from thermoe.models.checkpoint import check_loaded, damaged
 from thermoe.models.families import FAMILIES, Family
 from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
@@ -253,7 +257,31 @@ class MoEModelMixin:
             if isinstance(layer.router, Router)
         }
         self.config.thermoe_version = __version__
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        first = args[0] if args else kwargs.get("is_main_process", True)
+        if first and Path(save_directory).is_dir():
+            write_card(Path(save_directory), self)
+        return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but refuse a checkpoint that does not fill the MoE layers.
+
+        Raises:
+            CheckpointError: weights of an MoE layer are missing, of another shape or too many, or a file is damaged.
+        """
+        source = str(pretrained_model_name_or_path or "the given state_dict")
+        with_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            # Mismatches are collected first, so that the error can name them.
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise damaged(error, source) from error
+        check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
+        return (model, info) if with_info else model
 
 
 @functools.cache

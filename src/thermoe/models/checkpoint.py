@@ -1,0 +1,72 @@
+"""Refuses checkpoints that do not fill the MoE layers.
+
+Transformers initialises weights that a checkpoint lacks at random and only logs it: right for a new head, wrong for
+experts and routers, with which a model would run and talk nonsense. Here that is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+
+from thermoe.errors import CheckpointError
+from thermoe.models.families import Family
+
+SHOWN = 4
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _of_a_layer(family: Family) -> re.Pattern[str]:
+    """Return the pattern of the keys of feed-forward networks, dense or MoE."""
+    places = "|".join(re.escape(path) for path in (family.place, *family.passed))
+    return re.compile(rf"(^|\.){re.escape(family.blocks)}\.\d+\.({places})\.")
+
+
+def check_loaded(family: Family, info: Mapping[str, Any], source: str, *, ignore_mismatched: bool) -> None:
+    """Raise if what was loaded left a part of an MoE layer at random, or dropped a part of one.
+
+    Args:
+        family: the architecture.
+        info: what transformers returned for `output_loading_info=True`.
+        source: the folder or name of the checkpoint.
+        ignore_mismatched: allow other shapes outside the MoE layers, as for a new head.
+
+    Raises:
+        CheckpointError: naming the keys.
+    """
+    inside = _of_a_layer(family)
+    mismatched = {
+        f"{key} is {tuple(saved)}, not {tuple(expected)}": bool(inside.search(key))
+        for key, saved, expected in info["mismatched_keys"]
+    }
+    found = {
+        "lacks": [key for key in info["missing_keys"] if inside.search(key)],
+        "has other shapes:": [text for text, within in mismatched.items() if within or not ignore_mismatched],
+        "has more than the configuration says:": [key for key in info["unexpected_keys"] if inside.search(key)],
+    }
+    wrong = [f"{verb} {_some(keys)}" for verb, keys in found.items() if keys]
+    if wrong:
+        raise CheckpointError(
+            "the weights do not fit the configuration: the checkpoint " + "; it ".join(wrong),
+            where=source,
+            accepted="every weight of the feed-forward networks, dense or MoE, in the shape that config.json says",
+            fix="save the model again with save_pretrained; to convert a dense checkpoint load it with its dense class "
+            "and call thermoe.convert_to_moe",
+        )
+
+
+def damaged(error: SafetensorError, source: str) -> CheckpointError:
+    """Return the error for a safetensors file that cannot be read."""
+    return CheckpointError(
+        f"a weight file is truncated or damaged: {error}",
+        where=source,
+        accepted="whole .safetensors files",
+        fix="copy or download the file again, or save the model again with save_pretrained",
+    )
