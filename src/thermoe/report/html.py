@@ -217,7 +217,7 @@ def _comparisons(data: RunData) -> dict[str, Any]:
 def _compared(row: Mapping[str, Any] | None) -> dict[str, Any]:
     if row is None:
         return {"cell": Cell(NOT_MEASURED), "reading": "", "sample": ""}
-    sample = f"{count(row.get('n'))} {row.get('unit') or 'pairs'}" if number(row.get("n")) is not None else ""
+    sample = f"{count(row.get('n'))} sequences" if number(row.get("n")) is not None else ""
     cell = difference(row)
     return {"cell": cell, "reading": "" if cell.missing else reading_of(row), "sample": sample}
 

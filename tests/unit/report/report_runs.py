@@ -131,7 +131,7 @@ def write_comparisons(run: RunFolder) -> None:
         for segment in (*(s for s, _, _ in SEGMENTS), "all"):
             run.append(
                 "comparison", arm=arm, against="baseline", segment=segment, metric="nll", diff=diff, lo=diff - 0.015,
-                hi=diff + 0.015, n=96, unit="sequences",
+                hi=diff + 0.015, n=96, unit="nats per token",
             )  # fmt: skip
     run.append("verdict", text="Learning at test time lowers the loss on the code segment.", holds=True)
     run.append(

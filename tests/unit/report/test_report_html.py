@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_runs import ARMS, SEGMENTS, write_arm, write_manifest
+from report_runs import ARMS, SEGMENTS, write_arm, write_manifest, write_run
 
 from thermoe.errors import RunFolderError
 from thermoe.report import build_report
@@ -181,3 +181,9 @@ def test_importing_the_report_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_size_of_a_paired_sample_is_not_given_in_the_unit_of_the_loss(tmp_path: Path) -> None:
+    page = build_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "96 sequences" in page
+    assert "96 nats" not in page
