@@ -162,7 +162,7 @@ def plan_cells(num_experts: int, *, seed: int = 0, prefill_tokens: int = 8192) -
         (16, max(k, e // 2), k),
         (16, e, k),
         (16, e, max(1, k // 2)),
-        (16, max(k // 2, e // 4), max(1, k // 2)),
+        (16, max(1, k // 2, e // 4), max(1, k // 2)),
         (64, max(k, e // 8), k),
         (64, max(k, e // 4), k),
         (64, max(k, e // 2), k),

@@ -10,41 +10,71 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from thermoe.energy.calibrate import Calibration, CellResult, calibrate, plan_cells
-from thermoe.energy.profile import ProfileKey, save_profile
+from thermoe.energy.profile import ProfileKey, check_folder, save_profile
 from thermoe.energy.workload import MoEStack
-from thermoe.errors import ConfigError, UnknownNameError
+from thermoe.errors import ConfigError, MachineError, UnknownNameError
 from thermoe.runtime import choose_device
 from thermoe.telemetry.meter import EnergyMeter
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 #: Share of the free device memory that the weights may take.
 MEMORY_FRAC = 0.5
+#: Larger sizes are mistakes; they would be refused by the device much later.
+MAX_SIZE = 2**20
 
 
 def _fitting_layers(shape: tuple[int, int, int, int], layers: int, dtype: torch.dtype) -> int:
-    """Return how many of ``layers`` fit into memory; at least one."""
+    """Return how many of ``layers`` fit into memory.
+
+    Raises:
+        MachineError: not one of them fits.
+    """
     experts, hidden, width, gated = shape
     per_layer = experts * hidden * width * (3 if gated else 2) * dtype.itemsize
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-    return max(1, min(layers, int(MEMORY_FRAC * free) // per_layer)) if free else layers
+    if not free:
+        return layers
+    fitting = min(layers, int(MEMORY_FRAC * free) // per_layer)
+    if fitting < 1:
+        raise MachineError(
+            f"one layer of these experts takes {per_layer / 1e9:.1f} GB of weights, "
+            f"of {free / 1e9:.1f} GB free on the device",
+            where="--experts, --hidden, --width",
+            accepted=f"weights of one layer up to {100 * MEMORY_FRAC:.0f} % of the free memory",
+            fix="calibrate with fewer or smaller experts",
+        )
+    return fitting
 
 
-def _check(shape: tuple[int, int, int, int], layers: int, dtype: str, window_s: float) -> None:
+def _check(shape: tuple[int, int, int, int], layers: int, dtype: str, window_s: float, seed: int) -> None:
     if dtype not in DTYPES:
         raise UnknownNameError.of("dtype", dtype, DTYPES, where="--dtype")
     experts, hidden, width, _ = shape
-    for name, value in (("--experts", experts), ("--layers", layers)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}", where=name, accepted="an integer of at least 1")
-    for name, value in (("--hidden", hidden), ("--width", width)):
-        if value < 8 or value % 8:
-            raise ConfigError(f"{name} is {value}", where=name, accepted="a positive multiple of 8")
+    for name, value, usual in (("--experts", experts, 64), ("--layers", layers, 8)):
+        if not 1 <= value <= MAX_SIZE:
+            raise ConfigError(
+                f"{name} is {value}",
+                where=name,
+                accepted=f"an integer from 1 to {MAX_SIZE}",
+                fix=f"leave it out for {usual}",
+            )
+    for name, value, usual in (("--hidden", hidden, 2048), ("--width", width, 1024)):
+        if not 8 <= value <= MAX_SIZE or value % 8:
+            raise ConfigError(
+                f"{name} is {value}",
+                where=name,
+                accepted=f"a multiple of 8 from 8 to {MAX_SIZE}",
+                fix=f"leave it out for {usual}",
+            )
     if not 1.0 <= window_s <= 60:
         raise ConfigError(
             f"--window-s is {window_s}",
             where="--window-s",
             accepted="1 to 60 seconds (a window below ten steps of the energy counter gives no number)",
+            fix="leave it out for 2.5",
         )
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed is {seed}", where="--seed", accepted="0 to 2**63 - 1", fix="leave it out for 0")
 
 
 def run_calibration(
@@ -64,7 +94,8 @@ def run_calibration(
         ConfigError: a size is out of range.
         MachineError: the fit is refused.
     """
-    _check(shape, layers, dtype, window_s)
+    _check(shape, layers, dtype, window_s, seed)
+    check_folder(out)  # before two minutes of measuring, not after
     device = choose_device()
     console.print(f"device: {device.name} ({device.reason})", highlight=False)
     with EnergyMeter(source=telemetry) as meter:

@@ -85,19 +85,11 @@ def fit_terms(
         rel_sd: relative standard deviation of a measurement, at least.
 
     Raises:
-        ConfigError: no rows, more terms than `MAX_TERMS`, or a measurement that is not positive.
+        ConfigError: no rows, more terms than `MAX_TERMS`, a measurement that is not positive, or any other number that
+            is not finite or out of range.
     """
     names = list(units)
-    target = np.asarray(observed, dtype=np.float64)
-    if not len(rows) or len(rows) != len(target) or not (np.isfinite(target) & (target > 0)).all():
-        raise ConfigError(
-            f"{len(rows)} rows and measurements {list(observed)[:3]}... cannot be fitted",
-            where="fit_terms",
-            accepted="as many positive, finite measurements as rows, at least one",
-        )
-    if not 1 <= len(names) <= MAX_TERMS:
-        raise ConfigError(f"{len(names)} terms", where="fit_terms", accepted=f"1 to {MAX_TERMS}")
-    design = np.array([[float(row.get(name, 0.0)) for name in names] for row in rows])
+    design, target = _checked(rows, observed, names, priors or {}, rel_sd)
     # Terms differ by twelve orders of magnitude; each column is brought to order one for the arithmetic.
     scale = np.abs(design).max(axis=0)
     scale[scale == 0] = 1.0
@@ -133,6 +125,52 @@ def fit_terms(
         )
     fitted = Fit(terms, covariance.tolist(), 0.0)
     return Fit(terms, covariance.tolist(), relative_error(fitted.predict(rows), observed))
+
+
+def _checked(
+    rows: Sequence[Mapping[str, float]],
+    observed: Sequence[float],
+    names: Sequence[str],
+    priors: Mapping[str, tuple[float, float]],
+    rel_sd: float,
+) -> tuple[Array, Array]:
+    """Return regressors (rows, terms) and measurements as arrays that can be fitted."""
+    if not 1 <= len(names) <= MAX_TERMS:
+        raise _refuse(f"{len(names)} terms cannot be fitted", f"1 to {MAX_TERMS} terms", "name fewer terms in units")
+    target = _numbers(observed, "the measurements")
+    if not len(rows) or len(rows) != len(target) or not (target > 0).all():
+        raise _refuse(
+            f"{len(rows)} rows and measurements {list(observed)[:3]}... cannot be fitted",
+            "as many positive, finite measurements as rows, at least one",
+            "leave out the rows without a measurement",
+        )
+    design = _numbers([[row.get(name, 0.0) for name in names] for row in rows], "the regressors")
+    if (design < 0).any():
+        raise _refuse("a regressor is negative", "counts of work, 0 or more", "mend the row it is in")
+    if not 0 < rel_sd < np.inf:
+        raise _refuse(f"rel_sd is {rel_sd}", "a finite number above 0", "leave it at 0.01")
+    for name, (mean, sd) in priors.items():
+        if not (np.isfinite(mean) and 0 < sd < np.inf):
+            raise _refuse(
+                f"the prior of {name!r} is ({mean}, {sd})",
+                "a finite mean and a standard deviation above 0",
+                "leave a term out of priors to fit it without one",
+            )
+    return design, target
+
+
+def _numbers(values: Sequence[Any], what: str) -> Array:
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _refuse(f"{what} are not all numbers: {error}", "finite numbers", "leave out what is missing") from error
+    if not np.isfinite(found).all():
+        raise _refuse(f"{what} hold a value that is not finite", "finite numbers", "leave out what is missing")
+    return found
+
+
+def _refuse(what: str, accepted: str, fix: str) -> ConfigError:
+    return ConfigError(what, where="fit_terms", accepted=accepted, fix=fix)
 
 
 def _best_active_set(weighted: Array, goal: Array, precision: Array, pull: Array) -> Array:

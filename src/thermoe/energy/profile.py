@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from thermoe.energy.cost_model import CostModel
+from thermoe.energy.cost_model import UNITS, CostModel
 from thermoe.energy.fit import Term
 from thermoe.errors import ConfigError
 from thermoe.results import write_json
@@ -24,6 +25,7 @@ from thermoe.telemetry.meter import EnergyMeter
 
 SCHEMA = "thermoe.cost_profile"
 SCHEMA_VERSION = 1
+QUALITIES = ("good", "fair", "poor", "prior")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,27 @@ def profile_folder() -> Path:
     return Path(base) / "thermoe" / "profiles"
 
 
+def check_folder(folder: Path | None = None) -> None:
+    """Look whether profiles could be written to ``folder``, and make nothing.
+
+    Raises:
+        ConfigError: there is a file in the way, or the folder may not be written to.
+    """
+    place = folder or profile_folder()
+    there = next((path for path in (place, *place.parents) if path.exists()), place)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise _not_writable(place, f"{there} is {'no folder' if not there.is_dir() else 'not writable'}")
+
+
+def _not_writable(place: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"the profile cannot be written: {why}",
+        where=str(place),
+        accepted="a folder that may be written to",
+        fix="name another folder with --out",
+    )
+
+
 def save_profile(profile: dict[str, Any], key: ProfileKey, folder: Path | None = None) -> Path:
     """Write a profile whole or not at all, and return its path.
 
@@ -89,18 +112,13 @@ def save_profile(profile: dict[str, Any], key: ProfileKey, folder: Path | None =
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "key": asdict(key), **profile})
     except OSError as error:
-        raise ConfigError(
-            f"the profile cannot be written: {error.strerror}",
-            where=str(target),
-            accepted="a folder that may be written to",
-            fix="name another folder with --out",
-        ) from error
+        raise _not_writable(target, str(error.strerror)) from error
     return target
 
 
 def read_profiles(folder: Path | None = None) -> Iterator[tuple[Path, dict[str, Any] | None, str | None]]:
     """Yield (path, profile or ``None``, why it cannot be used) for every file; files are never touched."""
-    for path in sorted((folder or profile_folder()).glob("*.json")):
+    for path in _files(folder or profile_folder()):
         try:
             profile = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(profile, dict) or profile.get("schema") != SCHEMA:
@@ -110,18 +128,50 @@ def read_profiles(folder: Path | None = None) -> Iterator[tuple[Path, dict[str, 
             else:
                 _model_of(profile)
                 yield path, profile, None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            yield path, None, f"unreadable: {error}"
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            yield path, None, f"unreadable: {type(error).__name__}: {error}"
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files to read; a pipe or a device of that name would never end."""
+    try:
+        return sorted(path for path in folder.glob("*.json") if path.is_file())
+    except OSError:
+        return []
 
 
 def _model_of(profile: dict[str, Any]) -> CostModel:
+    """Return the cost model a profile holds; what it says is checked, for anyone may have written the file."""
+    terms = {name: _term_of(name, profile["terms"][name]) for name in UNITS}
+    if not terms["pair_j_per_flop"].value > 0:
+        raise ValueError("the cost of an operation is 0")
+    for name in ("basis", "created_at", "source_provenance"):
+        if not isinstance(profile[name], str):
+            raise TypeError(f"{name} is no text")
+    if profile["fit"]["quality"] not in QUALITIES:
+        raise ValueError(f"quality {profile['fit']['quality']!r}")
     return CostModel(
-        terms={name: Term(**entry) for name, entry in profile["terms"].items()},
+        terms=terms,
         basis=profile["basis"],
         reference=f"{profile['key']['device_name']}, {profile['created_at']}",
         provenance="simulated" if profile["source_provenance"] == "simulated" else "estimated",
-        validity={name: (low, high) for name, (low, high) in profile["validity"].items()},
+        validity={str(name): (_finite(low), _finite(high)) for name, (low, high) in profile["validity"].items()},
     )
+
+
+def _term_of(name: str, entry: dict[str, Any]) -> Term:
+    term = Term(**entry)
+    if term.unit != UNITS[name]:
+        raise ValueError(f"{name} is in {term.unit!r}, not in {UNITS[name]!r}")
+    if _finite(term.value) < 0 or (term.sd is not None and _finite(term.sd) < 0):
+        raise ValueError(f"{name} is negative")
+    return term
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
 
 
 def load_cost_model(key: ProfileKey, folder: Path | None = None) -> tuple[CostModel, str]:
