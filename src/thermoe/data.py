@@ -110,6 +110,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"the vocabulary size is {vocab_size}",
             where="model.vocab_size",
             accepted="an integer of at least 257 (256 bytes and the end-of-text token)",
+            fix="leave it at 2048",
         )
     # Lines, so that the trainer can count in parallel; whole books would be one pre-tokenization unit each.
     lines = (line for text in texts for line in text.splitlines(keepends=True))

@@ -23,7 +23,7 @@ from thermoe.telemetry.arguments import checked_period
 from thermoe.telemetry.evaluate import MIN_TICKS, Edge
 from thermoe.telemetry.meter import EnergyMeter
 from thermoe.telemetry.open_window import SUSPEND_S, SUSPENDED
-from thermoe.telemetry.source import SOURCES, Source
+from thermoe.telemetry.source import SOURCES, Source, checked_source
 from thermoe.telemetry.status import snapshot_of
 from thermoe.telemetry.totals import EnergyTotals, labelled
 from thermoe.telemetry.window import EnergyWindow
@@ -88,6 +88,7 @@ class EnergyCallback(TrainerCallback, ExportableState):
 
     Raises:
         ConfigError: a number is out of range.
+        UnknownNameError: no source has that name.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class EnergyCallback(TrainerCallback, ExportableState):
                 accepted="a number of seconds from 1 to 3600",
                 fix="leave it at 5.0; a window of 1 s has an uncertainty of 4%, one of 5 s of 1%",
             )
-        self.source, self.devices = source, devices
+        self.source, self.devices = checked_source(source, where="EnergyCallback(source=...)"), devices
         self.min_window_s = float(min_window_s)
         self.period_s = checked_period(period_s, allow_fast=False)
         self.totals = EnergyTotals()

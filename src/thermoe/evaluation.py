@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thermoe.errors import ConfigError, RoutingError
+from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.moe.layer import MoELayer, moe_layers
 from thermoe.routers.alternatives import RandomRouter
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 #: Beyond this many subsets of one size an exact search is refused.
 MAX_SUBSETS = 5000
 Chooser = Literal["router", "oracle", "random"]
+CHOOSERS: tuple[Chooser, ...] = ("router", "oracle", "random")
 
 
 def sequence_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -53,14 +54,34 @@ def sequence_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     return predicted.view(input_ids.shape[0], -1).sum(-1)
 
 
+def check_token_ids(input_ids: Tensor, *, where: str) -> None:
+    """Raise unless ``input_ids`` are token ids (B, S) with something to predict.
+
+    Raises:
+        ConfigError: they are not a tensor of integers of that shape, with B of at least 1 and S of at least 2.
+    """
+    fits = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32) and input_ids.ndim == 2
+    if not fits or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+        given = (
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            if isinstance(input_ids, Tensor)
+            else type(input_ids).__name__
+        )
+        raise ConfigError(
+            f"there is nothing to score in {given}",
+            where=where,
+            accepted="token ids, int64 (B, S), at least one row of at least two tokens",
+            fix="give tokenizer(text, return_tensors='pt').input_ids",
+        )
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor, *, batch_size: int = 16) -> float:
     """Return exp of the mean negative log-likelihood per predicted token of ``rows`` int64 (N, S)."""
-    if rows.numel() == 0 or rows.shape[1] < 2:
+    check_token_ids(rows, where="rows")
+    if batch_size < 1:
         raise ConfigError(
-            f"there is nothing to score in {tuple(rows.shape)} tokens",
-            where="rows",
-            accepted="at least one row of at least two tokens",
+            f"batch_size is {batch_size}", where="batch_size", accepted="an integer of at least 1", fix="leave it at 16"
         )
     total = sum(float(sequence_nll(model(batch).logits, batch).sum()) for batch in rows.split(batch_size))
     nats = total / (rows.shape[0] * (rows.shape[1] - 1))
@@ -249,10 +270,25 @@ def routing_accuracy(
 
     Raises:
         RoutingError: no MoE layer, or too many subsets for an exact search.
+        ConfigError: ``tau`` or ``chooser`` is out of range, or a batch holds no token ids (B, S).
     """
     layers = dict(moe_layers(model))
     if not layers:
-        raise RoutingError("the model has no MoE layer", where=type(model).__name__, accepted="a converted model")
+        raise RoutingError(
+            "the model has no MoE layer",
+            where=type(model).__name__,
+            accepted="a converted model",
+            fix="convert it first: thermoe.convert_to_moe(model)",
+        )
+    if chooser not in CHOOSERS:
+        raise UnknownNameError.of("chooser", str(chooser), CHOOSERS, where="routing_accuracy(chooser=...)")
+    if not 0 <= tau < math.inf:
+        raise ConfigError(
+            f"tau is {tau}",
+            where="routing_accuracy(tau=...)",
+            accepted="a finite number of at least 0",
+            fix="leave it at 0.01",
+        )
     for name, layer in layers.items():
         experts, top_k = layer.experts.num_experts, int(layer.router.top_k)  # type: ignore[arg-type]
         largest = max(math.comb(experts, k) for k in range(1, top_k + 1))
@@ -266,9 +302,11 @@ def routing_accuracy(
     judges = {name: _Judge(layer, tau, chooser) for name, layer in layers.items()}
     with _hidden_states(layers) as seen:
         for batch in batches:
+            check_token_ids(batch, where="batches")
+            seen.clear()
             model(batch)
-            for name, judge in judges.items():
-                judge.add(seen[name])
+            for name, inputs in seen.items():  # a layer the forward did not come to has nothing to judge
+                judges[name].add(inputs)
     results = {name: judge.result() for name, judge in judges.items()}
     return {name: result for name, result in results.items() if result is not None}
 

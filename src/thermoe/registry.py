@@ -75,7 +75,9 @@ class Registry(Generic[T]):
         for name in self:
             if self.get(name) is target:
                 return name
-        raise UnknownNameError.of(self.kind, getattr(target, "__name__", repr(target)), self._entries)
+        raise UnknownNameError.of(
+            self.kind, getattr(target, "__name__", repr(target)), self._entries, where=f"the registered {self.kind}s"
+        )
 
     def __iter__(self) -> Iterator[str]:
         self._read_plugins()

@@ -20,7 +20,7 @@ from thermoe.data import Segment
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.profile import ProfileKey, load_cost_model
 from thermoe.energy.work import ModelWork
-from thermoe.errors import ConfigError, RunFolderError, ThermoeError, UnknownNameError
+from thermoe.errors import ConfigError, RunFolderError, TelemetryError, ThermoeError, UnknownNameError
 from thermoe.evaluation import Chooser, routing_accuracy
 from thermoe.moe.layer import moe_layers
 from thermoe.moe.stats import StatsAccumulator
@@ -121,9 +121,9 @@ def _check_telemetry(name: str) -> None:
         raise UnknownNameError.of("telemetry source", name, ("auto", "off", *SOURCES), where="telemetry")
     try:
         open_source(name).close()
-    except TypeError as error:
+    except TelemetryError as error:
         raise ConfigError(
-            f"the telemetry source {name!r} needs more than its name: {error}",
+            f"the telemetry source {name!r} needs more than its name: {error.what}",
             where="telemetry",
             accepted="auto, off, or a source that opens by its name",
             fix="use --telemetry auto",

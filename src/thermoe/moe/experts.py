@@ -53,14 +53,16 @@ class Experts(nn.Module):
             ("intermediate_size", intermediate_size),
         ):
             if size < 1:
-                raise ConfigError(f"{name} is {size}", where=name, accepted="an integer of at least 1")
+                raise ConfigError(
+                    f"{name} is {size}", where=name, accepted="an integer of at least 1", fix=f"raise {name}"
+                )
         if activation not in ACT2FN:
             near = near_match(activation, ACT2FN)
             raise ConfigError(
                 f"unknown activation {activation!r}",
                 where="activation",
                 accepted="a name of transformers.activations.ACT2FN",
-                fix=f"did you mean {near!r}?" if near else None,
+                fix=f"did you mean {near!r}?" if near else "use 'silu' or 'gelu_new'",
             )
         self.num_experts = num_experts
         self.hidden_size = hidden_size

@@ -103,6 +103,7 @@ def check_loss_terms(terms: Mapping[str, float], *, where: str = "balance") -> d
                 f"the coefficient of {name} is {coefficient}",
                 where=f"{where}.{name}",
                 accepted="a finite number of at least 0",
+                fix="use 0 to switch this loss off",
             )
         checked[name] = value
     if {"kl_uniform", "load_std"} <= {name for name, value in checked.items() if value > 0}:

@@ -156,7 +156,10 @@ class PricedRouter(TopKRouter):
         super().__init__(hidden_size, num_experts, top_k, **options)
         if not 0 <= k_min <= top_k:
             raise RoutingError(
-                f"k_min is {k_min} with top_k {top_k}", where="k_min", accepted=f"an integer from 0 to {top_k}"
+                f"k_min is {k_min} with top_k {top_k}",
+                where="k_min",
+                accepted=f"an integer from 0 to {top_k}",
+                fix="lower k_min",
             )
         if drop not in DROP_PASSES:
             raise UnknownNameError.of("drop pass", str(drop), DROP_PASSES, where="drop")
@@ -187,7 +190,12 @@ class PricedRouter(TopKRouter):
     def set_price(self, price: float) -> None:
         """Push a new price in, between forwards."""
         if not 0 <= price < float("inf"):
-            raise RoutingError(f"the price is {price}", where="price", accepted="a finite number of at least 0")
+            raise RoutingError(
+                f"the price is {price}",
+                where="price",
+                accepted="a finite number of at least 0",
+                fix="use 0 for the baseline router",
+            )
         self.price.fill_(price)
 
     def set_costs(self, pair_cost: Sequence[float] | None, open_cost: Sequence[float] | None) -> None:
@@ -279,6 +287,7 @@ def price_for_pairs(probabilities: Sequence[Tensor], *, k_min: int, k_max: int, 
             f"a share of {pairs_frac} of {k_max} experts is fewer than k_min {k_min}",
             where="price.pairs_frac",
             accepted=f"{k_min / k_max:.3f} to 1",
+            fix="raise pairs_frac or lower k_min",
         )
     optional = torch.cat([p.topk(k_max, -1).values[:, k_min:].flatten().float() for p in probabilities])
     if pairs_frac >= 1 or not optional.numel():

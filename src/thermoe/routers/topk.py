@@ -62,7 +62,10 @@ class TopKRouter(Router):
         ):
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(
-                    f"{name} is {value}", where=name, accepted="a finite number above 0, or None to switch it off"
+                    f"{name} is {value}",
+                    where=name,
+                    accepted="a finite number above 0, or None to switch it off",
+                    fix=f"leave {name} out",
                 )
         if drop_order not in DROP_ORDERS:
             raise UnknownNameError.of("drop order", str(drop_order), DROP_ORDERS, where="drop_order")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from thermoe.telemetry.arguments import checked_length
+from thermoe.telemetry.arguments import checked_length, checked_tokens
 from thermoe.telemetry.evaluate import Edge, direct_edge
 from thermoe.telemetry.open_window import SUSPENDED, OpenWindow
 from thermoe.telemetry.source import Device
@@ -71,7 +71,7 @@ class AlignedWindow(OpenWindow):
                 no more than two steps are ever queued. Without a mark the device is awaited, and the step counts as
                 finished now.
         """
-        self.tokens = (self.tokens or 0.0) + tokens
+        self.tokens = (self.tokens or 0.0) + checked_tokens(tokens)
         if mark is None:
             self._flags |= self._meter.wait_for_device()
             self._resolve_marks()

@@ -14,6 +14,7 @@ from platform import python_version
 from typing import Any
 
 from thermoe.results import weakest_provenance
+from thermoe.telemetry.arguments import is_off
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 from thermoe.telemetry.devices import normalise_uuid, visible_devices
 from thermoe.telemetry.diagnosis import DeviceReport, Diagnosis, EnergyVerdict, MetricReport
@@ -39,7 +40,6 @@ from thermoe.telemetry.ticks import measure_tick_period
 PACKAGES = ("thermoe", "nvidia-ml-py", "pynvml", "psutil", "torch", "transformers", "zeus", "amdsmi")
 #: Time spent on watching counters, over all boards together, and the least that can show two of a counter's steps.
 TICK_BUDGET_S, LEAST_TICK_S = 4.0, 0.35
-OFF_WORDS = ("off", "0", "false", "no")
 
 
 def diagnose(
@@ -314,6 +314,6 @@ def _general_notes(versions: Mapping[str, str | None], environment: Mapping[str,
     fork = versions.get("pynvml")
     if fork is not None and fork.split(".")[0].isdigit() and int(fork.split(".")[0]) < 12:
         notes.append(f"the package pynvml {fork} may shadow nvidia-ml-py; fix: pip uninstall pynvml, then reinstall it")
-    if environment.get("THERMOE_TELEMETRY", "").strip().lower() in OFF_WORDS:
+    if is_off(environment):
         notes.append("THERMOE_TELEMETRY is off: meters read nothing; this diagnosis reads all the same")
     return notes

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from thermoe.results import Provenance, weakest_provenance
+from thermoe.telemetry.arguments import checked_min_ticks, checked_scatter
 from thermoe.telemetry.gate import SLOW_READ_S
 from thermoe.telemetry.source import Device, Sample
 from thermoe.telemetry.window import INFORMATIVE_FLAGS, DeviceEnergy, EdgeMode, Method, Status
@@ -96,6 +97,10 @@ class Settings:
 
     min_ticks: int = MIN_TICKS
     repeatability_rel_sd: float = REPEATABILITY_REL_SD
+
+    def __post_init__(self) -> None:
+        checked_min_ticks(self.min_ticks)
+        checked_scatter(self.repeatability_rel_sd)
 
 
 def direct_edge(device: Device, sample: Sample) -> Edge:

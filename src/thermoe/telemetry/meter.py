@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from thermoe.errors import ConfigError, TelemetryError
+from thermoe.telemetry import arguments
 from thermoe.telemetry.aligned import AlignedWindow
-from thermoe.telemetry.arguments import checked_period, checked_power
 from thermoe.telemetry.assemble import NO_SENSOR, Closing, assemble
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 from thermoe.telemetry.devices import select_devices
@@ -27,7 +27,6 @@ from thermoe.telemetry.window import EdgeMode, EnergyWindow
 EDGE_METRICS = (*(m for m in GPU_METRICS if m != "power_limit_w"), *GPU_STATE)
 HOST_EDGE_METRICS = ("cpu_energy_j", "dram_energy_j", "process_memory_bytes", "host_memory_used_bytes")
 KEPT_RESULTS = 1024
-OFF_WORDS = ("off", "0", "false", "no")
 
 
 class EnergyMeter:
@@ -72,11 +71,11 @@ class EnergyMeter:
         repeatability_rel_sd: float = REPEATABILITY_REL_SD,
         clock: Clock | None = None,
     ) -> None:
-        self._period_s = checked_period(period_s, allow_fast)
+        self._period_s = arguments.checked_period(period_s, allow_fast)
         self._allow_fast = allow_fast
-        self._host_power_w = checked_power(host_power_w)
+        self._host_power_w = arguments.checked_power(host_power_w)
         self._settings = Settings(min_ticks=min_ticks, repeatability_rel_sd=repeatability_rel_sd)
-        off = telemetry == "off" or os.environ.get("THERMOE_TELEMETRY", "").strip().lower() in OFF_WORDS
+        off = not arguments.checked_switch(telemetry) or arguments.is_off(os.environ)
         self._source_wanted: str | Source = "off" if off else source
         self._devices_wanted = devices
         self._sync = sync
@@ -226,7 +225,7 @@ class EnergyMeter:
                 fix=f"call begin_window({name!r}) first",
             )
         if tokens is not None:
-            window.tokens = tokens
+            window.tokens = arguments.checked_tokens(tokens)
         if cancel:
             return window.cancel()
         window.__exit__(None, None, None)
@@ -243,8 +242,9 @@ class EnergyMeter:
 
         Call it before and after the work: net energy is then a range when the two differ by more than 10%.
         """
+        length_s = arguments.checked_duration(duration_s)
         with self.window("idle") as window:
-            self._clock.sleep_s(duration_s)
+            self._clock.sleep_s(length_s)
         found = window.result
         powers = {uuid: part.power_w for uuid, part in found.devices.items() if part.power_w is not None}
         if not found.devices and found.power_w is not None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
 from thermoe.errors import TelemetryError
+from thermoe.telemetry.arguments import checked_tokens
 from thermoe.telemetry.evaluate import Edge
 from thermoe.telemetry.window import EnergyWindow, Mark, WorkLog
 
@@ -33,7 +34,7 @@ class OpenWindow:
 
     def __init__(self, meter: EnergyMeter, name: str, *, tokens: float | None = None, sampled: bool = False) -> None:
         self.name = name
-        self.tokens = tokens
+        self.tokens = None if tokens is None else checked_tokens(tokens)
         self._meter = meter
         self._sampled = sampled
         self._flags: set[str] = set()
@@ -71,7 +72,7 @@ class OpenWindow:
             tokens: tokens of one step.
             mark: tells when the step finishes on the device; without it the step counts as finished now.
         """
-        self.tokens = (self.tokens or 0.0) + tokens
+        self.tokens = (self.tokens or 0.0) + checked_tokens(tokens)
         if self._log is not None:
             if mark is None:
                 self._log.add(self._meter.clock.now_s(), tokens)
@@ -93,10 +94,20 @@ class OpenWindow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._check_entered()
         if kind is not None:
             self._flags.add("exception")
         if self._result is None:
             self._close()
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise TelemetryError(
+                f"the window {self.name!r} was never entered",
+                where="EnergyMeter.window",
+                accepted="with meter.window(...) as window: ...",
+                fix="put the work into a with block, or use begin_window and end_window",
+            )
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate ``function``: each call is a window of its own, kept in the meter's ``results``."""
@@ -129,6 +140,7 @@ class OpenWindow:
 
     def cancel(self) -> EnergyWindow:
         """Close the window without a measurement and return it as invalid, with the reason ``cancelled``."""
+        self._check_entered()
         return self._finish({}, {}, "cancelled")
 
     def _close(self) -> None:

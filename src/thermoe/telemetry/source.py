@@ -6,12 +6,13 @@ read is ``None`` with its reason beside it, never 0.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from thermoe.errors import TelemetryError
+from thermoe.errors import TelemetryError, UnknownNameError
 from thermoe.registry import Registry
 from thermoe.results import Provenance, weakest_provenance
 from thermoe.telemetry.clock import Clock
@@ -279,9 +280,10 @@ def open_source(name: str | Source = "auto", *, clock: Clock | None = None, **op
     Raises:
         UnknownNameError: no source has that name.
         MissingDependencyError: the source was asked for by name and its package is not installed.
-        TelemetryError: options were given to a source that takes none.
+        TelemetryError: options are missing, or given to a source that takes none; or this is no source at all.
     """
     if not isinstance(name, str):
+        checked_source(name)
         return name
     if clock is not None:
         options["clock"] = clock
@@ -297,4 +299,37 @@ def open_source(name: str | Source = "auto", *, clock: Clock | None = None, **op
                 fix="name the source the option belongs to",
             )
         return CompositeSource([SOURCES.get("nvml")(**options), SOURCES.get("host")(**options)])
-    return SOURCES.get(name, where="source")(**options)
+    checked_source(name)
+    factory = SOURCES.get(name)
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise TelemetryError(
+            f"the source {name!r} cannot be opened so: {error}",
+            where="source",
+            accepted=f"{name}{inspect.signature(factory)}",
+            fix=f"open it in Python with its options and hand it over: open_source({name!r}, ...)",
+        ) from error
+    return factory(**options)
+
+
+def checked_source(source: Any, *, where: str = "source") -> str | Source:
+    """Return ``source`` when it is a known name or looks like an open source; nothing is opened.
+
+    Raises:
+        UnknownNameError: no source has that name.
+        TelemetryError: it is neither a name nor a source.
+    """
+    names = ("auto", "off", *SOURCES)
+    if isinstance(source, str):
+        if source not in names:
+            raise UnknownNameError.of("telemetry source", source, names, where=where)
+        return source
+    if not isinstance(source, Source):
+        raise TelemetryError(
+            f"{source!r} is no telemetry source",
+            where=where,
+            accepted=f"{', '.join(names)}, or a source that is open",
+            fix="leave it out for 'auto'",
+        )
+    return source

@@ -1,0 +1,193 @@
+"""A wrong argument is refused in four parts: what, where, what is accepted, what to do; and nothing is left behind."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from thermoe import EnergyCallback, EnergyMeter, convert_to_moe, routing_accuracy
+from thermoe.energy.fit import fit_terms
+from thermoe.errors import ThermoeError
+from thermoe.evaluation import perplexity
+from thermoe.telemetry.source import open_source
+
+ROOT = Path(__file__).parents[2]
+NAN, INF = float("nan"), float("inf")
+
+
+def assert_refused(call: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(ThermoeError) as caught:
+        call()
+    error = caught.value
+    for part in (error.what, error.where, error.accepted, error.fix):
+        assert part, str(error)
+    for word in words:
+        assert word in str(error)
+
+
+# -- every error of the package --------------------------------------------------------------------------------------
+
+
+def test_the_makefile_names_folders_that_a_clone_has() -> None:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False).stdout
+    if not listed:
+        pytest.skip("not a git checkout")
+    tracked = {line.split("/")[0] for line in listed.splitlines()}
+    for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines():
+        if "bin/ruff" in line.lower() or "/ruff " in line:
+            folders = [word for word in line.split() if word.isidentifier() and word not in ("check", "format")]
+            assert set(folders) <= tracked, line
+
+
+# -- the meter -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_ticks": "x"},
+        {"min_ticks": 0},
+        {"min_ticks": NAN},
+        {"repeatability_rel_sd": NAN},
+        {"repeatability_rel_sd": -1},
+        {"telemetry": "of"},
+        {"telemetry": None},
+        {"source": None},
+        {"source": 5},
+        {"source": "replay"},
+        {"source": "nvmll"},
+    ],
+    ids=str,
+)
+def test_a_meter_of_wrong_arguments(wrong: dict[str, Any]) -> None:
+    assert_refused(lambda: EnergyMeter(**wrong).open())
+
+
+def test_an_unknown_source_is_told_of_auto_and_off() -> None:
+    assert_refused(lambda: open_source("of"), "auto", "off", "did you mean 'off'?")
+
+
+@pytest.mark.parametrize("tokens", ["x", [1], 10**400, 1j], ids=["text", "list", "huge", "complex"])
+def test_tokens_that_are_no_number(tokens: Any) -> None:
+    with EnergyMeter("simulated") as meter:
+        assert_refused(lambda: meter.window("w", tokens=tokens))
+        for window in (meter.window("w"), meter.window("w", edges="sampled"), meter.aligned_window("w", min_s=1)):
+            with window:
+                assert_refused(lambda window=window: window.count(tokens))
+        meter.begin_window("named")
+        assert_refused(lambda: meter.end_window("named", tokens=tokens))
+
+
+def test_tokens_may_be_a_tensor_and_stay_on_its_device() -> None:
+    with EnergyMeter("simulated") as meter, meter.window("w") as window:
+        window.count(torch.tensor(3))
+        window.count(4)
+    assert window.result.tokens == 7
+
+
+@pytest.mark.parametrize("length_s", [0, -1, NAN, "x", None])
+def test_an_idle_reference_of_no_length(length_s: Any) -> None:
+    with EnergyMeter("simulated") as meter:
+        assert_refused(lambda: meter.measure_idle(length_s))
+        assert meter.results() == []
+
+
+def test_a_window_that_was_never_entered() -> None:
+    with EnergyMeter("simulated") as meter:
+        for window in (meter.window("w"), meter.aligned_window("w", min_s=1)):
+            assert_refused(lambda window=window: window.__exit__(None, None, None), "never entered")
+            assert_refused(window.cancel, "never entered")
+
+
+@pytest.mark.parametrize("source", ["nvmll", 5])
+def test_a_callback_with_an_unknown_source(source: Any) -> None:
+    assert_refused(lambda: EnergyCallback(source), "EnergyCallback(source=...)")
+
+
+# -- the fit ---------------------------------------------------------------------------------------------------------
+
+ROWS = [{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 1.0}, {"a": 3.0, "b": 5.0}]
+
+
+@pytest.mark.parametrize(
+    ("first", "observed", "more"),
+    [
+        ({"a": NAN}, [3, 3, 8], {}),
+        ({"a": INF}, [3, 3, 8], {}),
+        ({"a": "x"}, [3, 3, 8], {}),
+        ({"a": -1}, [3, 3, 8], {}),
+        ({"a": 1}, [3, None, 8], {}),
+        ({"a": 1}, [3, "x", 8], {}),
+        ({"a": 1}, [3, 0, 8], {}),
+        ({"a": 1}, [3, 3], {}),
+        ({"a": 1}, [3, 3, 8], {"rel_sd": 0}),
+        ({"a": 1}, [3, 3, 8], {"rel_sd": NAN}),
+        ({"a": 1}, [3, 3, 8], {"priors": {"a": (1, 0)}}),
+        ({"a": 1}, [3, 3, 8], {"priors": {"a": (NAN, 1)}}),
+        ({"a": 1}, [3, 3, 8], {"units": {}}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_fitted(first: dict[str, Any], observed: list[Any], more: dict[str, Any]) -> None:
+    rows = [first, *ROWS[1:]]
+    assert_refused(lambda: fit_terms(rows, observed, **{"units": {"a": "J", "b": "J"}, **more}), "fit_terms")
+
+
+def test_a_column_of_zeros_or_a_copy_of_another_is_not_identified() -> None:
+    for second in (0.0, 2.0):
+        rows = [{"a": x, "b": second * x} for x in (1.0, 2.0, 3.0)]
+        fit = fit_terms(rows, [3, 6, 9], units={"a": "J", "b": "J"})
+        assert not fit.terms["b"].identified
+        assert fit.predict(rows) == pytest.approx([3, 6, 9])
+
+
+# -- adapter and accuracy --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moe() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return convert_to_moe(GPT2LMHeadModel(config).eval(), num_experts=4, top_k=2)
+
+
+TOKENS = torch.arange(16).view(2, 8)
+NO_TOKENS = [TOKENS[0], TOKENS[:0], TOKENS[:, :1], TOKENS.float(), TOKENS.tolist(), None]
+
+
+@pytest.mark.parametrize("rows", NO_TOKENS, ids=["row", "none", "short", "float", "list", "nothing"])
+def test_rows_that_hold_nothing_to_predict(moe: Any, rows: Any) -> None:
+    assert_refused(lambda: perplexity(moe, rows), "rows")
+    assert_refused(lambda: routing_accuracy(moe, [rows]), "batches")
+
+
+@pytest.mark.parametrize("wrong", [{"tau": -1}, {"tau": NAN}, {"tau": INF}, {"chooser": "rooter"}], ids=str)
+def test_a_yardstick_that_judges_nothing(moe: Any, wrong: dict[str, Any]) -> None:
+    assert_refused(lambda: routing_accuracy(moe, [TOKENS], **wrong))
+
+
+def test_a_layer_that_the_forward_does_not_reach_is_left_out(moe: Any) -> None:
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = moe, convert_to_moe(_dense(), num_experts=4, top_k=2)
+
+        def forward(self, rows: torch.Tensor) -> Any:
+            return self.used(rows)
+
+    assert set(routing_accuracy(Half(), [TOKENS])) == {f"used.transformer.h.{i}.mlp" for i in range(2)}
+
+
+def _dense() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16)).eval()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_size_that_is_none(moe: Any, size: int) -> None:
+    assert_refused(lambda: perplexity(moe, TOKENS, batch_size=size), "batch_size")
