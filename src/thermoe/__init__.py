@@ -18,6 +18,8 @@ _PUBLIC = {
     "MoEGPT2Config": "thermoe.models.classes",
     "MoEGPT2LMHeadModel": "thermoe.models.classes",
     "convert_to_moe": "thermoe.models.convert",
+    "attach_router": "thermoe.models.attach",
+    "detach_router": "thermoe.models.attach",
     "set_router": "thermoe.routers.swap",
     "collect_routing": "thermoe.moe.layer",
     "RouterAdapter": "thermoe.adapt.test_time",

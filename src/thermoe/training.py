@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from thermoe.errors import ConfigError, DataError, TrainingDivergedError
 from thermoe.moe.decision import RoutingDecision
-from thermoe.moe.layer import collect_routing, moe_layers
+from thermoe.moe.layer import collect_routing, routed_modules
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 from thermoe.routers.base import Router
 
@@ -167,7 +167,7 @@ class MoETrainer(Trainer):
 
 
 def _routers(model: nn.Module) -> list[Router]:
-    return [layer.router for _, layer in moe_layers(model) if isinstance(layer.router, Router)]
+    return [module.router for _, module in routed_modules(model) if isinstance(module.router, Router)]
 
 
 class _Schedule(TrainerCallback):
@@ -344,7 +344,7 @@ def train_language_model(
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
-        for _, layer in moe_layers(model):
+        for _, layer in routed_modules(model):
             layer.last_routing = None  # let go of the last step's autograd history
         for router in _routers(model):
             router.active_top_k = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thermoe.errors import ConfigError, RoutingError
 from thermoe.evaluation import sequence_nll
-from thermoe.moe.layer import moe_layers
+from thermoe.moe.layer import routed_modules
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
 
@@ -79,7 +79,7 @@ class RouterAdapter:
         self._optimizer = self._new_optimizer()
 
     def _attach(self, bias_only: bool) -> dict[str, Router]:
-        routers = {name: layer.router for name, layer in moe_layers(self.model) if isinstance(layer.router, Router)}
+        routers = {name: layer.router for name, layer in routed_modules(self.model) if isinstance(layer.router, Router)}
         if not routers:
             raise RoutingError(
                 "the model has no MoE layer whose router could learn",
@@ -183,7 +183,7 @@ class RouterAdapter:
     def close(self) -> None:
         """Take the fast weights off; the model is as it was before. May be called twice."""
         mine = {id(router.fast) for router in self._routers.values() if router.fast is not None}
-        present = [layer.router for _, layer in moe_layers(self.model)]  # set_router hands fast weights on
+        present = [layer.router for _, layer in routed_modules(self.model)]  # set_router hands fast weights on
         for router in [*self._routers.values(), *present]:
             if isinstance(router, Router) and id(router.fast) in mine:
                 router.fast = None

@@ -25,6 +25,7 @@ from thermoe.errors import ConfigError, RoutingError
 from thermoe.models.native_experts import IMPLEMENTATION, why_not_native
 from thermoe.models.native_scoring import NativeScoring, recognise
 from thermoe.moe.decision import RoutingContext, RoutingDecision
+from thermoe.moe.layer import Routed
 from thermoe.routers.base import Router
 from thermoe.routers.swap import build_router
 
@@ -33,7 +34,7 @@ ROUTER_NAMES = ("gate", "router")
 _ON_MODEL = "_thermoe_attachment"
 
 
-class AttachedRouter(nn.Module):
+class AttachedRouter(Routed):
     """A thermoe router in the place of a model's own.
 
     It reads like the router it replaces (`num_experts`, `top_k`, `hidden_dim`, `weight` and what else the base has),
@@ -50,6 +51,8 @@ class AttachedRouter(nn.Module):
         last_routing: the RoutingDecision of the last forward; it carries gradients in training.
         call_shape: (B, S) of the block's current call, or ``None``.
     """
+
+    router: Router
 
     def __init__(self, base: nn.Module, router: Router, scoring: NativeScoring, block: nn.Module) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 
 from thermoe import __version__
 from thermoe.errors import ConfigError
+from thermoe.models import native_experts  # noqa: F401  (registers the experts implementation "thermoe")
 from thermoe.models.card import write_card
 from thermoe.models.checkpoint import check_loaded, damaged
 from thermoe.models.families import FAMILIES, Family

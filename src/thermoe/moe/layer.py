@@ -19,7 +19,19 @@ from thermoe.moe.experts import Experts
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 
 
-class MoELayer(nn.Module):
+class Routed(nn.Module):
+    """A module that holds a router and the decision of its last forward: an MoE layer, or a router attached elsewhere.
+
+    Attributes:
+        router: may be exchanged at any time.
+        last_routing: the RoutingDecision of the last forward; it carries gradients in training.
+    """
+
+    router: nn.Module
+    last_routing: RoutingDecision | None
+
+
+class MoELayer(Routed):
     """Router, dispatch and experts in the place of a feed-forward network.
 
     Args:
@@ -143,6 +155,13 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
             yield name, module
 
 
+def routed_modules(model: nn.Module) -> Iterator[tuple[str, Routed]]:
+    """Yield (dotted name, module) for all in ``model`` that holds a router of ours, in the order of its modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, Routed):
+            yield name, module
+
+
 def collect_routing(model: nn.Module) -> dict[str, RoutingDecision]:
-    """Return the decision of the last forward for every MoE layer, by dotted name."""
-    return {name: layer.last_routing for name, layer in moe_layers(model) if layer.last_routing is not None}
+    """Return the decision of the last forward for every MoE layer and attached router, by dotted name."""
+    return {name: module.last_routing for name, module in routed_modules(model) if module.last_routing is not None}

@@ -9,24 +9,25 @@ import torch
 from torch import nn
 
 from thermoe.errors import ConfigError, RoutingError
-from thermoe.moe.layer import MoELayer, moe_layers
+from thermoe.moe.layer import Routed, routed_modules
 from thermoe.routers import alternatives, priced, topk  # noqa: F401  (fills the registry)
 from thermoe.routers.base import ROUTERS, Router
 
 
-def _chosen_layers(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, MoELayer]:
-    found = dict(moe_layers(model))
+def _chosen_layers(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, Routed]:
+    found = dict(routed_modules(model))
     if not found:
         raise RoutingError(
             "the model has no MoE layer",
             where=type(model).__name__,
-            accepted="a model with MoELayer modules",
-            fix="convert it first: thermoe.convert_to_moe(model, num_experts=8, top_k=4)",
+            accepted="a model with MoELayer modules or attached routers",
+            fix="convert a dense model first: thermoe.convert_to_moe(model, num_experts=8, top_k=4); "
+            "or attach to an MoE: thermoe.attach_router(model)",
         )
     if layers is None:
         return found
     names = list(found)
-    chosen: dict[str, MoELayer] = {}
+    chosen: dict[str, Routed] = {}
     for entry in layers:
         if isinstance(entry, int) and 0 <= entry < len(names):
             chosen[names[entry]] = found[names[entry]]
@@ -101,11 +102,14 @@ def set_router(
         chosen = _chosen_layers(model, layers)
         new = {name: _successor(layer, router, options) for name, layer in chosen.items()}
     for name, layer in chosen.items():
-        if (new[name].num_experts, new[name].hidden_size) != (layer.experts.num_experts, layer.experts.hidden_size):
+        old = layer.router
+        assert isinstance(old, Router)
+        if (new[name].num_experts, new[name].hidden_size) != (old.num_experts, old.hidden_size):
             raise RoutingError(
                 f"the router has {new[name].num_experts} experts of width {new[name].hidden_size}",
                 where=name,
-                accepted=f"{layer.experts.num_experts} experts of width {layer.experts.hidden_size}",
+                accepted=f"{old.num_experts} experts of width {old.hidden_size}",
+                fix="build the router with the sizes of the layer",
             )
     replaced: dict[str, Router] = {}
     for name, layer in chosen.items():
@@ -117,7 +121,7 @@ def set_router(
     return replaced
 
 
-def _successor(layer: MoELayer, name: str, options: Mapping[str, Any]) -> Router:
+def _successor(layer: Routed, name: str, options: Mapping[str, Any]) -> Router:
     """Build the router ``name`` for ``layer`` with the learned state of the present one."""
     old = layer.router
     assert isinstance(old, Router)
