@@ -9,6 +9,7 @@ evaluation, arXiv 1904.08378); a loss or gradient that is not finite resets them
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.errors import ConfigError, RoutingError
-from thermoe.evaluation import sequence_nll
+from thermoe.evaluation import check_token_ids, sequence_nll
 from thermoe.moe.layer import routed_modules
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
@@ -52,7 +53,7 @@ class RouterAdapter:
 
     Raises:
         RoutingError: the model has no MoE layer, or is being adapted already.
-        ConfigError: ``lr`` or ``anchor`` is outside its range.
+        ConfigError: ``lr``, ``anchor`` or ``max_grad_norm`` is outside its range.
     """
 
     def __init__(
@@ -64,10 +65,15 @@ class RouterAdapter:
         max_grad_norm: float = 1.0,
         bias_only: bool = False,
     ) -> None:
-        if not 0 <= lr < float("inf"):
-            raise ConfigError(f"lr is {lr}", where="adapt.lr", accepted="a finite number of at least 0")
-        if not 0 < anchor <= 1:
-            raise ConfigError(f"anchor is {anchor}", where="adapt.anchor", accepted="a number above 0 and at most 1")
+        for name, value, fits, accepted, usual in (
+            ("lr", lr, lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-2),
+            ("anchor", anchor, lambda x: 0 < x <= 1, "a number above 0 and at most 1", 0.9),
+            ("max_grad_norm", max_grad_norm, lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+                raise ConfigError(
+                    f"{name} is {value!r}", where=f"adapt.{name}", accepted=accepted, fix=f"leave it at {usual}"
+                )
         self.model = model
         self.lr, self.anchor, self.max_grad_norm = lr, anchor, max_grad_norm
         self.updates = 0
@@ -111,13 +117,16 @@ class RouterAdapter:
         """Score int64 (B, S) token ids with the present fast weights, then learn from them.
 
         Raises:
-            ConfigError: the sequences have fewer than two tokens, so that there is none to predict.
+            ConfigError: these are no token ids (B, S) with S of at least 2, so that there is none to predict.
+            RoutingError: the adapter is closed.
         """
-        if input_ids.shape[1] < 2:
-            raise ConfigError(
-                f"sequences of {input_ids.shape[1]} token have nothing to predict",
-                where="input_ids",
-                accepted="int64 (B, S) with S of at least 2",
+        check_token_ids(input_ids, where="input_ids")
+        if not self.parameters():
+            raise RoutingError(
+                "the adapter is closed",
+                where="RouterAdapter.score_and_learn",
+                accepted="an adapter inside its with block",
+                fix="make a new RouterAdapter",
             )
         with torch.enable_grad():
             logits = self.model(input_ids).logits

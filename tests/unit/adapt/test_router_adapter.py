@@ -262,7 +262,7 @@ def test_settings_outside_their_range_are_refused(settings: dict[str, float], wh
 
 def test_one_token_predicts_nothing() -> None:
     model = tiny_moe()
-    with RouterAdapter(model) as adapter, pytest.raises(ConfigError, match="1 token"):
+    with RouterAdapter(model) as adapter, pytest.raises(ConfigError, match="nothing to score"):
         adapter.score_and_learn(BATCHES[0][:, :1])
 
 
