@@ -105,6 +105,55 @@ def demo(
 
 
 @app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A folder written by save_pretrained, or a name on the hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the MoE model; must be new or empty.")],
+    method: Annotated[str, typer.Option(help="partition, copy or virtual.")] = "partition",
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token; half of them for partition by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks to convert, such as 0,2,5-7; all by default.")] = None,
+    router: Annotated[str, typer.Option(help="A name from `thermoe list routers`.")] = "topk",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A router's option; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[bool, typer.Option(help="Save the tokenizer with the model.")] = True,
+    seed: Annotated[int, typer.Option(help="Of new weights and of the probe.")] = 0,
+) -> None:
+    """Convert a dense checkpoint to a Mixture-of-Experts, check that it is exact, and save it.
+
+    Writes weights, configuration, tokenizer and a model card; OUT appears when everything is written.
+    """
+    import yaml
+    from rich.console import Console
+
+    _quiet_libraries()
+    from thermoe.errors import ConfigError
+    from thermoe.models.command import run_convert
+
+    options = {}
+    for text in set_ or []:
+        key, sign, value = text.partition("=")
+        if not (key.strip() and sign):
+            raise ConfigError(f"{text!r} has no name and value", where="--set", accepted="KEY=VALUE")
+        options[key.strip()] = yaml.safe_load(value)
+    console = Console()
+    folder = run_convert(
+        console,
+        model,
+        out,
+        method=method,
+        num_experts=experts,
+        top_k=top_k,
+        layers=layers,
+        router=router,
+        router_options=options,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+    _print_path(console, "saved:", folder)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html again from a run folder alone."""
     from rich.console import Console

@@ -93,13 +93,17 @@ def _base_of(config: Any) -> tuple[str | None, str]:
     return name, f"`{name}`"
 
 
+def _short(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, (list, tuple)) and len(value) > 4 else str(value)
+
+
 def _routers(config: Any) -> list[str]:
     """Return one line per kind of router: its layers, name, top_k and options."""
     alike: dict[str, list[int]] = {}
     for position in config.moe_layers:
         entry = config.routers.get(str(position), {})
         options = ", ".join(
-            f"{key}={value}" for key, value in sorted((entry.get("options") or {}).items()) if value is not None
+            f"{key}={_short(value)}" for key, value in sorted((entry.get("options") or {}).items()) if value is not None
         )
         top_k = entry.get("top_k", config.num_experts_per_tok)
         text = f"`{entry.get('name', 'topk')}`, {top_k} of {config.num_experts} experts per token"
