@@ -230,8 +230,12 @@ def doctor(
         return
     short = checks.run_doctor(console, source=source, as_json=as_json, with_torch=torch, load_s=load, require=require)
     if short is not None:
-        typer.echo(f"error: {short}\n  fix: see the diagnosis above", err=True)
-        raise typer.Exit(3)
+        raise MachineError(
+            short,
+            where=f"thermoe doctor --require {require}",
+            accepted=f"a machine that measures {require}",
+            fix="see the diagnosis above",
+        )
 
 
 _KINDS = {
