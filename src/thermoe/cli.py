@@ -133,9 +133,17 @@ def convert(
     options = {}
     for text in set_ or []:
         key, sign, value = text.partition("=")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            sign = ""
         if not (key.strip() and sign):
-            raise ConfigError(f"{text!r} has no name and value", where="--set", accepted="KEY=VALUE")
-        options[key.strip()] = yaml.safe_load(value)
+            raise ConfigError(
+                f"{text!r} has no name and value that can be read",
+                where="--set",
+                accepted="KEY=VALUE",
+                fix="write for example --set price=0.1",
+            )
     console = Console()
     folder = run_convert(
         console,

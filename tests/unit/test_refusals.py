@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
-from thermoe import EnergyCallback, EnergyMeter, RouterAdapter, convert_to_moe, routing_accuracy
+from thermoe import EnergyCallback, EnergyMeter, RouterAdapter, cli, convert_to_moe, routing_accuracy
 from thermoe import errors as thermoe_errors
 from thermoe.energy.fit import fit_terms
 from thermoe.errors import ThermoeError
@@ -67,6 +68,14 @@ def test_the_makefile_names_folders_that_a_clone_has() -> None:
         if "bin/ruff" in line.lower() or "/ruff " in line:
             folders = [word for word in line.split() if word.isidentifier() and word not in ("check", "format")]
             assert set(folders) <= tracked, line
+
+
+@pytest.mark.parametrize("text", ["noise", "=1", "noise=["])
+def test_a_setting_of_convert_that_cannot_be_read(text: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["convert", "nowhere", str(tmp_path / "out"), "--set", text])
+    assert isinstance(done.exception, ThermoeError), done.output
+    assert done.exception.where == "--set"
+    assert not (tmp_path / "out").exists()
 
 
 # -- the meter -------------------------------------------------------------------------------------------------------

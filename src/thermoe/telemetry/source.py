@@ -307,7 +307,7 @@ def open_source(name: str | Source = "auto", *, clock: Clock | None = None, **op
         raise TelemetryError(
             f"the source {name!r} cannot be opened so: {error}",
             where="source",
-            accepted=f"{name}{inspect.signature(factory)}",
+            accepted=f"{name!r} with " + ", ".join(inspect.signature(factory).parameters),
             fix=f"open it in Python with its options and hand it over: open_source({name!r}, ...)",
         ) from error
     return factory(**options)
