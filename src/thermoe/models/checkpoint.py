@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
-from thermoe.errors import CheckpointError
+from thermoe.errors import CheckpointError, ConfigError
 from thermoe.models.families import Family
 
 SHOWN = 4
@@ -59,6 +60,21 @@ def check_loaded(family: Family, info: Mapping[str, Any], source: str, *, ignore
             accepted="every weight of the feed-forward networks, dense or MoE, in the shape that config.json says",
             fix="save the model again with save_pretrained; to convert a dense checkpoint load it with its dense class "
             "and call thermoe.convert_to_moe",
+        )
+
+
+def check_in_memory(layers: Iterable[nn.Module]) -> None:
+    """Raise if weights of MoE ``layers`` are offloaded: hooks of accelerate fetch them for a module's own forward only.
+
+    Raises:
+        ConfigError: some are on the meta device.
+    """
+    if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
+        raise ConfigError(
+            "MoE layers are offloaded, to the disk or from an accelerator to the CPU; their experts could not be read",
+            where="device_map",
+            accepted="devices that hold the weights while the model runs; other layers may be offloaded",
+            fix="load in half precision, spread the model over more devices, or run it on the CPU alone",
         )
 
 

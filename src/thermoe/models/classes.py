@@ -29,7 +29,7 @@ from thermoe import __version__
 from thermoe.errors import ConfigError
 from thermoe.models import native_experts  # noqa: F401  (registers the experts implementation "thermoe")
 from thermoe.models.card import write_card
-from thermoe.models.checkpoint import check_loaded, damaged
+from thermoe.models.checkpoint import check_in_memory, check_loaded, damaged
 from thermoe.models.families import FAMILIES, Family
 from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
@@ -270,6 +270,7 @@ class MoEModelMixin:
 
         Raises:
             CheckpointError: weights of an MoE layer are missing, of another shape or too many, or a file is damaged.
+            ConfigError: `device_map` leaves MoE layers on the disk or offloads them.
         """
         source = str(pretrained_model_name_or_path or "the given state_dict")
         with_info = kwargs.pop("output_loading_info", False)
@@ -282,6 +283,7 @@ class MoEModelMixin:
         except SafetensorError as error:
             raise damaged(error, source) from error
         check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
+        check_in_memory(placed_layers(model).values())
         return (model, info) if with_info else model
 
 
