@@ -114,7 +114,8 @@ def convert(
     layers: Annotated[str | None, typer.Option(help="Blocks to convert, such as 0,2,5-7; all by default.")] = None,
     router: Annotated[str, typer.Option(help="A name from `thermoe list routers`.")] = "topk",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A router's option; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as neurons=clustered, or a router's option; repeats."),
     ] = None,
     tokenizer: Annotated[bool, typer.Option(help="Save the tokenizer with the model.")] = True,
     seed: Annotated[int, typer.Option(help="Of new weights and of the probe.")] = 0,
@@ -154,7 +155,7 @@ def convert(
         top_k=top_k,
         layers=layers,
         router=router,
-        router_options=options,
+        options=options,
         tokenizer=tokenizer,
         seed=seed,
     )

@@ -141,6 +141,15 @@ def test_the_same_seed_gives_the_same_weights(dense: Path, tmp_path: Path) -> No
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_settings_of_the_conversion(dense: Path, tmp_path: Path) -> None:
+    settings = ("--set", "neurons=clustered", "--set", "shared_size=16", "--set", "gate=ramped")
+    done = command("convert", str(dense), str(tmp_path / "moe"), "--experts", "4", *settings)
+    assert done.code == 0, done.err
+    assert "4 of 4 experts" in done.out
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["shared_intermediate_size"] == 16
+    assert "`partition`" in (tmp_path / "moe" / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_output_in_the_way_is_left_alone(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "full"
     out.mkdir()
@@ -166,6 +175,7 @@ def test_an_output_in_the_way_is_left_alone(dense: Path, tmp_path: Path) -> None
         (["--layers", "7"], "a model with 3 blocks"),
         (["--set", "price"], "'price' has no name and value"),
         (["--set", "prise=1"], "prise"),
+        (["--set", "top_k=2"], "use --top-k"),
     ],
 )
 def test_options_that_do_not_fit(options: list[str], text: str, dense: Path, tmp_path: Path) -> None:

@@ -31,6 +31,16 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+#: Parameters of `convert_to_moe` that `--set` may not name.
+OWN_OPTIONS = {
+    "model": "MODEL",
+    "num_experts": "--experts",
+    "top_k": "--top-k",
+    "method": "--method",
+    "layers": "--layers",
+    "router": "--router",
+    "seed": "--seed",
+}
 PROBE_ROWS, PROBE_TOKENS = 2, 32
 
 
@@ -241,7 +251,7 @@ def run_convert(
     top_k: int | None = None,
     layers: str | None = None,
     router: str = "topk",
-    router_options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
     seed: int = 0,
 ) -> Path:
@@ -254,6 +264,14 @@ def run_convert(
         MachineError: the hub cannot be reached, or a file cannot be written.
     """
     folder = check_output(out)
+    for name in options or {}:
+        if name in OWN_OPTIONS:
+            raise ConfigError(
+                f"{name} has an option of its own",
+                where="--set",
+                accepted="other settings of thermoe.convert_to_moe, such as neurons, and options of the router",
+                fix=f"use {OWN_OPTIONS[name]}",
+            )
     if method not in METHODS:
         raise UnknownNameError.of("conversion method", method, METHODS, where="--method")
     if router not in ROUTERS:
@@ -263,17 +281,11 @@ def run_convert(
     config = load_config(source)
     dense = load_dense(source, config)
     words = load_tokenizer(source) if tokenizer else None
-    settings: dict[str, Any] = {
-        "num_experts": num_experts,
-        "method": method,
-        "layers": chosen,
-        "router": router,
-        **(router_options or {}),
-    }
+    settings = {**(options or {}), "num_experts": num_experts, "method": method, "layers": chosen, "router": router}
 
     def convert(top_k: int | None) -> Any:
         torch.manual_seed(seed)
-        return convert_to_moe(dense, top_k=top_k, **settings)
+        return convert_to_moe(dense, top_k=top_k, seed=seed, **settings)
 
     rows = _probe(config, seed)
     # Divided neurons give the dense output when all are at work; copies whatever the router chooses.
