@@ -36,12 +36,12 @@ test-oldest: $(OLDEST)/.installed  ## run what touches transformers on the oldes
 	$(OLDEST)/bin/python -m pytest tests/contract tests/unit/models tests/unit/adapt tests/unit/test_training.py tests/unit/test_energy_callback.py
 
 lint: $(STAMP)   ## check style and format
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 
 fmt: $(STAMP)    ## format the code and mend what can be mended
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 
 type: $(STAMP)   ## check types strictly
 	$(BIN)/mypy

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from thermoe import __version__
 from thermoe.errors import MachineError
 
 
@@ -102,8 +103,11 @@ def environment_fingerprint() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
         "versions": {
-            name: _version_of(name)
-            for name in ("thermoe", "torch", "transformers", "accelerate", "tokenizers", "numpy", "nvidia-ml-py")
+            "thermoe": __version__,
+            **{
+                name: _version_of(name)
+                for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy", "nvidia-ml-py")
+            },
         },
         "commit": _git_commit(),
         "command": _command(),

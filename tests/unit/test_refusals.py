@@ -14,13 +14,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from thermoe import EnergyCallback, EnergyMeter, RouterAdapter, cli, convert_to_moe, routing_accuracy
+from thermoe import EnergyCallback, EnergyMeter, RouterAdapter, cli, convert_to_moe, routing_accuracy, set_router
 from thermoe import errors as thermoe_errors
 from thermoe.energy.fit import fit_terms
 from thermoe.errors import ThermoeError
 from thermoe.evaluation import perplexity
-from thermoe.moe.layer import moe_layers
+from thermoe.moe.layer import moe_layers, routed_modules
 from thermoe.telemetry.source import open_source
+from thermoe.testing import tiny_gpt2, tiny_moe
 
 ROOT = Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
@@ -39,15 +40,11 @@ def assert_refused(call: Callable[[], Any], *words: str) -> None:
 # -- every error of the package --------------------------------------------------------------------------------------
 
 
-#: Modules whose errors do not all say what to do yet.
-NOT_YET = ("attach.py", "swap.py")
-
-
 def _raised_here() -> list[str]:
     names = {name for name, kind in vars(thermoe_errors).items() if inspect.isclass(kind)}
     short = []
     for path in sorted((ROOT / "src" / "thermoe").rglob("*.py")):
-        for node in () if path.name in NOT_YET else ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
                 given = {keyword.arg for keyword in node.keywords}
                 if None not in given and not {"where", "accepted", "fix"} <= given:
@@ -245,3 +242,46 @@ def _dense() -> GPT2LMHeadModel:
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_size_that_is_none(moe: Any, size: int) -> None:
     assert_refused(lambda: perplexity(moe, TOKENS, batch_size=size), "batch_size")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"router": None},
+        {"router": 5},
+        {"router": {"transformer.h.0.mlp": None}},
+        {"router": {}},
+        {"router": "topk", "layers": []},
+        {"router": "topk", "layers": 5},
+        {"router": "topk", "layers": "0"},
+    ],
+)
+def test_set_router_refuses_what_it_cannot_use(arguments: dict[str, Any]) -> None:
+    model = tiny_moe()
+    before = [module.router for _, module in routed_modules(model)]
+    with pytest.raises(ThermoeError) as caught:
+        set_router(model, **arguments)
+    assert caught.value.where and caught.value.accepted and caught.value.fix
+    assert [module.router for _, module in routed_modules(model)] == before
+    with pytest.raises(ThermoeError):
+        set_router(None, "topk")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_experts": "8"},
+        {"num_experts": 4, "top_k": 2.5},
+        {"top_k": "2"},
+        {"layers": "01"},
+        {"layers": 30},
+        {"layers": ["a"]},
+        {"layers": [True]},
+        {"router": None},
+        {"router": ["x"]},
+    ],
+)
+def test_convert_to_moe_refuses_what_it_cannot_use(options: dict[str, Any]) -> None:
+    with pytest.raises(ThermoeError) as caught:
+        convert_to_moe(tiny_gpt2(), **options)
+    assert caught.value.where and caught.value.accepted and caught.value.fix

@@ -253,6 +253,7 @@ def _choose_blocks(found: dict[str, nn.Module], layers: Iterable[int | str] | No
                 f"there is no MoE block {entry!r}",
                 where="layers",
                 accepted=f"0..{len(names) - 1} in the order of the model, or a name: {', '.join(names)}",
+                fix="name blocks the model has, or leave layers out for all",
             )
         chosen[str(name)] = found[str(name)]
     return chosen
@@ -276,6 +277,7 @@ def _make(name: str, block: nn.Module, router: str, options: dict[str, Any]) -> 
             "the option gate was given, but an attached router weighs its experts as the model does",
             where="router options",
             accepted=f"the other options of the router {router!r}",
+            fix="leave gate out",
         )
     top_k = settings.pop("top_k", scoring.top_k)
     with torch.random.fork_rng(devices=[]):  # the slow weights drawn here give way to the base's
@@ -340,6 +342,7 @@ def detach_router(model: nn.Module) -> None:
             "the model has no attached router",
             where=type(model).__name__,
             accepted="a model that attach_router was called with, or one around it",
+            fix="there is nothing to detach",
         )
     for attachment in present:
         attachment.detach()

@@ -35,16 +35,30 @@ Method = Literal["partition", "copy", "virtual"]
 METHODS: tuple[Method, ...] = ("partition", "copy", "virtual")
 
 
+def _whole(name: str, value: Any) -> int:
+    """Return ``value`` if it is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConversionError(
+            f"{name} is {value!r}",
+            where=name,
+            accepted="an integer",
+            fix=f"write {name}=8, without quotes or a fraction",
+        )
+    return value
+
+
 def _chosen_blocks(count: int, layers: Iterable[int] | None) -> list[int]:
-    chosen = list(range(count)) if layers is None else sorted({int(i) for i in layers})
-    if not chosen or any(not 0 <= i < count for i in chosen):
+    given: Any = range(count) if layers is None else layers
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    chosen = sorted(set(listed), key=str)
+    if not chosen or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count for i in chosen):
         raise ConversionError(
             f"layers {chosen} of a model with {count} blocks",
             where="layers",
             accepted=f"at least one position from 0 to {count - 1}",
-            fix="name blocks the model has, or leave layers out to convert all",
+            fix="name blocks the model has as a list of integers, or leave layers out to convert all",
         )
-    return chosen
+    return sorted(chosen)
 
 
 def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None, shared: int) -> int:
@@ -209,6 +223,9 @@ def convert_to_moe(
         raise UnknownNameError.of("conversion method", str(method), METHODS, where="method")
     family = family_of(model)
     _check_model(model)
+    num_experts, shared_size = _whole("num_experts", num_experts), _whole("shared_size", shared_size)
+    top_k = None if top_k is None else _whole("top_k", top_k)
+    groups = None if groups is None else _whole("groups", groups)
     base = base_model_of(model)
     blocks = base.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)

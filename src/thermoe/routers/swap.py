@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from thermoe.errors import ConfigError, RoutingError
+from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.layer import Routed, routed_modules
 from thermoe.routers import alternatives, priced, topk  # noqa: F401  (fills the registry)
 from thermoe.routers.base import ROUTERS, Router
 
 
 def _chosen_layers(model: nn.Module, layers: Iterable[int | str] | None) -> dict[str, Routed]:
-    found = dict(routed_modules(model))
+    found = dict(routed_modules(model)) if isinstance(model, nn.Module) else {}
     if not found:
         raise RoutingError(
             "the model has no MoE layer",
@@ -28,6 +28,8 @@ def _chosen_layers(model: nn.Module, layers: Iterable[int | str] | None) -> dict
         return found
     names = list(found)
     chosen: dict[str, Routed] = {}
+    if isinstance(layers, (str, int)) or not isinstance(layers, Iterable):
+        layers = [layers]
     for entry in layers:
         if isinstance(entry, int) and 0 <= entry < len(names):
             chosen[names[entry]] = found[names[entry]]
@@ -38,7 +40,15 @@ def _chosen_layers(model: nn.Module, layers: Iterable[int | str] | None) -> dict
                 f"there is no MoE layer {entry!r}",
                 where="layers",
                 accepted=f"0..{len(names) - 1} in the order of the model, or a name: {', '.join(names)}",
+                fix="name layers the model has, or leave layers out for all",
             )
+    if not chosen:
+        raise ConfigError(
+            "no layer is chosen",
+            where="layers",
+            accepted=f"at least one of {', '.join(names)}",
+            fix="name a layer, or leave layers out for all",
+        )
     return chosen
 
 
@@ -51,6 +61,8 @@ def build_router(
         UnknownNameError: no router of that name.
         ConfigError: an option that router does not take.
     """
+    if not isinstance(name, str):
+        raise UnknownNameError.of("router", repr(name), ROUTERS, where="router")
     router_class = ROUTERS.get(name, where="router")
     try:
         return router_class(hidden_size, num_experts, top_k, **(options or {}))
@@ -95,9 +107,25 @@ def set_router(
                 "a dictionary of routers was given together with layers or options",
                 where="set_router",
                 accepted="either a name with layers and options, or a dictionary alone",
+                fix="leave layers and options out",
             )
         chosen = _chosen_layers(model, list(router))
         new = dict(router)
+        for name, given in new.items():
+            if not isinstance(given, Router):
+                raise ConfigError(
+                    f"{type(given).__name__} is given as a router",
+                    where=name,
+                    accepted="a router of thermoe, such as set_router returned earlier",
+                    fix="give the name of a registered router instead: " + ", ".join(ROUTERS),
+                )
+    elif not isinstance(router, str):
+        raise ConfigError(
+            f"{router!r} is given as a router",
+            where="router",
+            accepted="a registered name, or routers by layer name",
+            fix="choose one of " + ", ".join(ROUTERS),
+        )
     else:
         chosen = _chosen_layers(model, layers)
         new = {name: _successor(layer, router, options) for name, layer in chosen.items()}
