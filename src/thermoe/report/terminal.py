@@ -1,4 +1,4 @@
-"""The table of the arms for a terminal: the most telling columns at 80 characters, the segments from 100 on."""
+"""The table of the arms for a terminal: the most telling columns at 80 characters, the segments from 116 on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BADGE_STYLES = {
     NOT_MEASURED: "dim",
 }
 #: From these widths on the table has the segments, and all its columns.
-_SEGMENTS_WIDTH, _FULL_WIDTH = 100, 140
+_SEGMENTS_WIDTH, _FULL_WIDTH = 116, 140
 
 
 def _lines(cell: Cell, *, badge: bool = False) -> Text:
@@ -63,10 +63,10 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
     table.add_column("PPL\nwhole", justify="right")
     table.add_column("J/token\ncost model", justify="right")
     table.add_column("J/token\ntelemetry", justify="right")
+    table.add_column("Effective\nexperts", justify="right")
     table.add_column("Routing\naccuracy", justify="right")
     if full:
         table.add_column("Experts\nper token", justify="right")
-        table.add_column("Effective\nexperts", justify="right")
         table.add_column("Tokens\nper second", justify="right")
     for arm in data.arms:
         row = data.summaries.get(arm.name)
@@ -77,11 +77,18 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
         cells += [
             _lines(energy_cell(data, arm, c), badge=True) for c in ("j_per_token_modelled", "j_per_token_measured")
         ]
+        cells.append(_lines(router_cell(arm, entry(row, "effective_experts"))))
         cells.append(_lines(router_cell(arm, entry(row, "accuracy_corrected", "all"), 2)))
         if full:
-            cells += [_lines(router_cell(arm, entry(row, c))) for c in ("experts_per_token", "effective_experts")]
+            cells.append(_lines(router_cell(arm, entry(row, "experts_per_token"))))
             cells.append(_lines(Cell(plain(entry(row, "tokens_per_s")))))
         table.add_row(*cells)
+    for name in ("random", "oracle"):  # the two ends of the scale, judged in the place of the baseline's decisions
+        accuracy = entry(data.summaries.get(name), "accuracy_corrected", "all")
+        if accuracy is not None:
+            title = str(entry(data.summaries.get(name), "title") or name)
+            blank = [Text("")] * (4 + len(segments))
+            table.add_row(Text(title), *blank, _lines(Cell(plain(accuracy, 2))))
     return table
 
 

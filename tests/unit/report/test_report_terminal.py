@@ -17,7 +17,7 @@ def printed(run: Path, width: int) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("width", [80, 100, 116, 140])
 def test_the_table_fits_its_width_and_names_arms_and_provenance(make_run, width: int) -> None:
     text = printed(make_run(), width)
     assert max(len(line) for line in text.splitlines()) <= width
@@ -53,3 +53,13 @@ def test_simulated_is_named_in_the_title(make_run) -> None:
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError):
         summary_table(tmp_path)
+
+
+def test_the_ends_of_the_accuracy_scale_stand_below_the_arms(make_run) -> None:
+    run = make_run()
+    folder = RunFolder.open(run)
+    folder.append("summary", arm="random", title="Random routing", accuracy_corrected={"all": -0.002})
+    folder.append("summary", arm="oracle", title="Best possible routing (oracle)", accuracy_corrected={"all": 1.0})
+    lines = printed(run, 140).splitlines()
+    assert any("Random routing" in line and "0.0020" in line for line in lines)
+    assert any("Best possible" in line and "1.0" in line for line in lines)
