@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -367,8 +367,3 @@ def _gross_fit(cells: Sequence[CellResult], rel_sd: float) -> Fit:
 def _range(values: Any) -> tuple[float, float]:
     listed = [float(value) for value in values]
     return (min(listed), max(listed)) if listed else (0.0, 0.0)
-
-
-def without_duty(cells: Sequence[Cell]) -> list[Cell]:
-    """Return ``cells`` with every one running without pauses, for devices that cannot pause precisely."""
-    return [replace(cell, duty=1.0) for cell in cells]
