@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from thermoe import __version__
-from thermoe.energy.cost_model import PRIOR, PRIOR_SD, UNITS, CostModel
+from thermoe.energy.cost_model import PRIOR_SD, UNITS, CostModel
 from thermoe.energy.fit import Fit, as_dict, fit_terms, relative_error
 from thermoe.energy.work import StepWork
 from thermoe.energy.workload import Cell, Workload
@@ -122,9 +122,9 @@ class Calibration:
     reason: str | None = None
 
     @classmethod
-    def of_prior(cls, reason: str) -> Calibration:
+    def of_prior(cls, reason: str, device_name: str | None = None) -> Calibration:
         """Return what stands in for a calibration where energy is not measured."""
-        return cls(CostModel.prior(), None, None, None, None, None, "prior", None, None, (), reason)
+        return cls(CostModel.prior(device_name), None, None, None, None, None, "prior", None, None, (), reason)
 
     def as_profile(self) -> dict[str, Any]:
         """Return the contents of a profile file, without its key."""
@@ -266,7 +266,8 @@ def calibrate(
         if on_cell is not None:
             on_cell(number + 1, results[-1])
     after = meter.measure_idle(idle_s)
-    return _fitted(results, before.power_w, after.power_w, held_out_frac, seed)
+    gpu = next((device.name for device in meter.devices if device.kind == "gpu"), None)
+    return _fitted(results, before.power_w, after.power_w, held_out_frac, seed, CostModel.prior(gpu))
 
 
 def _refuse(what: str, fix: str, accepted: str) -> MachineError:
@@ -312,7 +313,12 @@ def _check(results: Sequence[CellResult]) -> tuple[float, float]:
 
 
 def _fitted(
-    results: Sequence[CellResult], idle_before_w: float | None, idle_after_w: float | None, held_out: float, seed: int
+    results: Sequence[CellResult],
+    idle_before_w: float | None,
+    idle_after_w: float | None,
+    held_out: float,
+    seed: int,
+    prior: CostModel,
 ) -> Calibration:
     drift, scatter = _check(results)
     valid = [r for r in results if r.energy_j is not None]
@@ -323,9 +329,9 @@ def _fitted(
     rest = [r for i, r in enumerate(gross_cells) if i not in judged]
     unseen = [gross_cells[i] for i in sorted(judged)]
     rel_sd = max(0.01, scatter)
-    trial = _gross_fit(rest, rel_sd)
+    trial = _gross_fit(rest, rel_sd, prior)
     mape = relative_error(trial.predict([r.regressors for r in unseen]), [r.energy_j or 0.0 for r in unseen])
-    gross = _gross_fit(gross_cells, rel_sd)
+    gross = _gross_fit(gross_cells, rel_sd, prior)
     net = fit_terms(
         [r.regressors for r in valid],
         [r.energy_j or 0.0 for r in valid],
@@ -354,12 +360,12 @@ def _fitted(
     )
 
 
-def _gross_fit(cells: Sequence[CellResult], rel_sd: float) -> Fit:
+def _gross_fit(cells: Sequence[CellResult], rel_sd: float, prior: CostModel) -> Fit:
     return fit_terms(
         [r.regressors for r in cells],
         [r.energy_j or 0.0 for r in cells],
         units=UNITS,
-        priors={name: (PRIOR[name], PRIOR_SD[name]) for name in UNITS},
+        priors={name: (prior.term(name), PRIOR_SD[name]) for name in UNITS},
         rel_sd=rel_sd,
     )
 

@@ -46,6 +46,11 @@ def _fitting_layers(shape: tuple[int, int, int, int], layers: int, dtype: torch.
     return fitting
 
 
+def _device_name(device: str) -> str | None:
+    """Return what PyTorch calls the device, to find its data sheet."""
+    return torch.cuda.get_device_name() if device == "cuda" else None
+
+
 def _check(shape: tuple[int, int, int, int], layers: int, dtype: str, window_s: float, seed: int) -> None:
     if dtype not in DTYPES:
         raise UnknownNameError.of("dtype", dtype, DTYPES, where="--dtype")
@@ -110,7 +115,7 @@ def run_calibration(
         key = ProfileKey.of(meter, dtype=dtype, expert_shape=shape, device=device.name)
         if not measured:
             console.print(f"energy: not measured ({described['reason']}); the prior is written, as an estimate")
-            outcome = Calibration.of_prior(str(described["reason"]))
+            outcome = Calibration.of_prior(str(described["reason"]), _device_name(device.name))
         else:
             outcome = _measure(console, meter, shape, layers, DTYPES[dtype], window_s, seed)
     _print(console, outcome)

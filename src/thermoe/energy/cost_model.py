@@ -42,6 +42,31 @@ PRIOR: dict[str, float] = {
 PRIOR_SD: dict[str, float] = {"layer_j": 0.05, "open_j_per_byte": 5e-10, "pair_j_per_flop": 5e-12, "token_j": 1e-3}
 
 
+#: Board power in W, memory bandwidth in byte/s, dense half-precision FLOP/s: the makers' data sheets.
+DATASHEETS: dict[str, tuple[float, float, float]] = {
+    "H200": (700, 4.8e12, 989e12),
+    "H100 PCIe": (350, 2.0e12, 756e12),
+    "H100": (700, 3.35e12, 989e12),
+    "A100": (400, 2.0e12, 312e12),
+    "L40S": (350, 0.864e12, 362e12),
+    "L4": (72, 0.3e12, 121e12),
+    "A10": (150, 0.6e12, 125e12),
+    "V100": (300, 0.9e12, 125e12),
+    "T4": (70, 0.32e12, 65e12),
+}
+
+
+def _datasheet_factors(device_name: str | None) -> tuple[str, float, float] | None:
+    """Return (name, watts per byte/s, watts per FLOP/s) relative to the reference device; ``None`` when unknown."""
+    words = (device_name or "").replace("-", " ").split()
+    for name, (power_w, bandwidth, flops) in DATASHEETS.items():
+        if all(word in words for word in name.split()):
+            reference_w, reference_bandwidth, reference_flops = DATASHEETS["H200"]
+            per_byte = (power_w / bandwidth) / (reference_w / reference_bandwidth)
+            return name, per_byte, (power_w / flops) / (reference_w / reference_flops)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Coefficients, and where they come from.
@@ -63,12 +88,24 @@ class CostModel:
     validity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def prior(cls) -> CostModel:
-        """Return the cost model of the reference device."""
+    def prior(cls, device_name: str | None = None) -> CostModel:
+        """Return the cost model before any calibration.
+
+        The readings on the reference device are scaled by what the data sheets say of power per bandwidth and power per
+        operation; a device that is not in `DATASHEETS` gets those of the reference as they are.
+        """
+        values = dict(PRIOR)
+        source = "one NVIDIA H200, bfloat16, OLMoE-shaped layers, gross"
+        found = _datasheet_factors(device_name)
+        if found is None:
+            reference = f"{source}; not this machine"
+        else:
+            name, per_byte, per_flop = found
+            values["open_j_per_byte"] *= per_byte
+            values["pair_j_per_flop"] *= per_flop
+            reference = f"{source}, scaled to the data sheet of {name}; not measured on this machine"
         return cls(
-            terms={name: Term(PRIOR[name], unit) for name, unit in UNITS.items()},
-            basis="prior",
-            reference="one NVIDIA H200, bfloat16, OLMoE-shaped layers, gross; not this machine",
+            terms={name: Term(values[name], unit) for name, unit in UNITS.items()}, basis="prior", reference=reference
         )
 
     def term(self, name: str) -> float:

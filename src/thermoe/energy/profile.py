@@ -203,4 +203,4 @@ def load_cost_model(key: ProfileKey, folder: Path | None = None) -> tuple[CostMo
     if kin:
         return max(kin, key=lambda pair: pair[0])[1], "calibrated on another board of the same kind"
     why = "; ".join(passed_over) or "no profile for this device, shape, dtype and backend"
-    return CostModel.prior(), f"prior ({why}); calibrate with: thermoe calibrate"
+    return CostModel.prior(key.device_name), f"prior ({why}); calibrate with: thermoe calibrate"

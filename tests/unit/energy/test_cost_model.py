@@ -162,3 +162,18 @@ def test_a_price_that_keeps_fewer_pairs_costs_less() -> None:
         opened = [float(d.opened.sum()) for d in decisions]
         joules.append(COST.forward_j(work, 16, pairs, opened))
     assert joules == sorted(joules, reverse=True) and joules[0] > joules[-1]
+
+
+def test_the_prior_follows_the_data_sheet() -> None:
+    reference, same = CostModel.prior(), CostModel.prior("NVIDIA H200")
+    assert {n: t.value for n, t in same.terms.items()} == {n: t.value for n, t in reference.terms.items()}
+    assert "data sheet of H200" in same.reference
+    # Less bandwidth at the same power makes a byte dearer, and leaves an operation as it is.
+    h100 = CostModel.prior("NVIDIA H100 80GB HBM3")
+    assert h100.open_j_per_byte == pytest.approx(reference.open_j_per_byte * 4.8 / 3.35)
+    assert h100.pair_j_per_flop == pytest.approx(reference.pair_j_per_flop)
+    assert "H100 PCIe" in CostModel.prior("NVIDIA H100 PCIe").reference
+    assert "data sheet of A100" in CostModel.prior("NVIDIA A100-SXM4-80GB").reference
+    for unknown in (None, "no energy sensor", "NVIDIA RTX A1000"):
+        assert CostModel.prior(unknown).terms == reference.terms
+        assert "not this machine" in CostModel.prior(unknown).reference
