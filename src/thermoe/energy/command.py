@@ -13,6 +13,7 @@ from thermoe.energy.calibrate import Calibration, CellResult, calibrate, plan_ce
 from thermoe.energy.profile import ProfileKey, check_folder, save_profile
 from thermoe.energy.workload import MoEStack
 from thermoe.errors import ConfigError, MachineError, UnknownNameError
+from thermoe.moe.dispatch import default_backend
 from thermoe.runtime import choose_device
 from thermoe.telemetry.meter import EnergyMeter
 
@@ -112,6 +113,11 @@ def run_calibration(
                 "provenance": None,
                 "reason": "energy is not that of the device the layers run on",
             }
+        if device.name == "cuda":
+            how = "in CUDA graphs" if default_backend(torch.device("cuda"), DTYPES[dtype]) == "grouped" else "eager"
+            console.print(
+                f"experts run {how} ({dtype}); graphs need bfloat16 on a GPU of compute capability 9.0 or more"
+            )
         key = ProfileKey.of(meter, dtype=dtype, expert_shape=shape, device=device.name)
         if not measured:
             console.print(f"energy: not measured ({described['reason']}); the prior is written, as an estimate")

@@ -17,9 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from thermoe.energy.cost_model import UNITS, CostModel
 from thermoe.energy.fit import Term
 from thermoe.errors import ConfigError
+from thermoe.moe.dispatch import default_backend
 from thermoe.results import write_json
 from thermoe.telemetry.meter import EnergyMeter
 
@@ -61,7 +64,7 @@ class ProfileKey:
             power_limit_w=meter.snapshot().get("power_limit_w"),
             dtype=dtype,
             expert_shape=expert_shape,
-            dispatch_backend="grouped" if device.startswith("cuda") and dtype == "bfloat16" else "loop",
+            dispatch_backend=default_backend(torch.device(device), getattr(torch, dtype)),
         )
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thermoe.energy.work import LayerWork, StepWork
-from thermoe.moe.dispatch import run_experts
+from thermoe.moe.dispatch import default_backend, run_experts
 from thermoe.moe.experts import Experts
 
 
@@ -95,7 +95,7 @@ class MoEStack:
         layers: L.
         gated: SwiGLU or ungated GELU experts.
         dtype: of weights and inputs.
-        device: where; CUDA graphs are used on CUDA.
+        device: where; CUDA graphs are used where experts are computed by grouped products.
         seed: of weights, inputs and routing.
         step_s: a step is repeated inside one graph replay loop until it takes about this long, so that counting it
             costs nothing.
@@ -116,6 +116,8 @@ class MoEStack:
     ) -> None:
         self.device, self.dtype, self.layers, self.step_s = device, dtype, layers, step_s
         self.num_experts, self.hidden_size = num_experts, hidden_size
+        # Only grouped products can be captured: the loop over experts waits for its counts.
+        self.backend = default_backend(torch.device(device), dtype)
         self._generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         activation = "silu" if gated else "gelu_new"
@@ -150,7 +152,7 @@ class MoEStack:
                 out = run_experts(x, index, weights, experts)
             return out
 
-        run = self._captured(forward) if self.device.startswith("cuda") else forward
+        run = self._captured(forward) if self.backend == "grouped" else forward
         started = time.monotonic()
         for _ in range(3):
             run()

@@ -157,11 +157,17 @@ def run_grouped(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Ex
     return _combine(torch.where(live, rows, 0), plan.order, weights, x_TD.dtype)
 
 
-def _choose_backend(x_TD: Tensor) -> str:
-    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x_TD.device) >= (9, 0):
+def default_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what "auto" means outside of compilation: "grouped" where it does not wait for the host, else "loop"."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0):
         return "grouped"
+    return "loop"
+
+
+def _choose_backend(x_TD: Tensor) -> str:
+    chosen = default_backend(x_TD.device, x_TD.dtype)
     # The loop reads its counts on the host, which a compiled graph cannot hold.
-    return "dense" if torch.compiler.is_compiling() else "loop"
+    return "dense" if chosen == "loop" and torch.compiler.is_compiling() else chosen
 
 
 def run_experts(
