@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from thermoe.energy.calibrate import CellResult, calibrate, plan_cells
 from thermoe.energy.profile import ProfileKey, load_cost_model, read_profiles, save_profile
 from thermoe.energy.work import LayerWork, StepWork
-from thermoe.energy.workload import Cell
+from thermoe.energy.workload import Cell, MoEStack
 from thermoe.errors import MachineError
 from thermoe.telemetry import EnergyMeter
 from thermoe.telemetry.clock import VirtualClock
@@ -229,3 +230,13 @@ def test_a_window_row_keeps_none_for_what_was_not_measured() -> None:
     ).as_dict()
     assert row["energy_j"] is None
     assert row["reason"] == "lost"
+
+
+def test_the_real_stack_counts_its_work_and_captures_only_what_can_be() -> None:
+    stack = MoEStack(4, 16, 8, layers=2, dtype=torch.float32, device="cpu", step_s=0.001)
+    assert stack.backend == "loop"  # it reads counts on the host, which a CUDA graph cannot hold
+    step, repeats, work = stack.prepare(Cell(tokens=6, active_experts=2, top_k=2))
+    assert step() is None
+    assert repeats >= 1
+    matrices = 3 * 16 * 8
+    assert work == StepWork(layers=2, read_bytes=2 * 2 * matrices * 2, flops=6 * 2 * 2 * 2 * matrices, layer_tokens=12)
