@@ -53,6 +53,16 @@ def test_each_expert_holds_its_neurons() -> None:
         start += width
 
 
+def test_clusters_are_divided_among_the_experts_as_ordered() -> None:
+    dense = tiny_gpt2()
+    layer = placed_layers(convert_to_moe(dense, num_experts=4, widths=WIDTHS, neurons="clustered", seed=3))[0]
+    mlp, blocks = dense.transformer.h[0].mlp, iter(layer.experts.up_proj)
+    network = FFNWeights(up=mlp.c_fc.weight.T, up_bias=None, down=mlp.c_proj.weight.T, down_bias=None)
+    parts = order_neurons(network, torch.arange(128), WIDTHS, "clustered", seed=3).split(WIDTHS)
+    for part, count in zip(parts, layer.experts.blocks, strict=True):
+        assert torch.equal(torch.cat([next(blocks) for _ in range(count)]), network.up[part])
+
+
 def test_equal_widths_are_plain_experts() -> None:
     plain, given = (tiny_moe(num_experts=4, **options) for options in ({}, {"widths": [32] * 4}))
     assert given.config.to_dict() == plain.config.to_dict() and given.config.expert_widths is None
@@ -136,6 +146,18 @@ def test_a_model_from_a_configuration_is_initialised_and_learns() -> None:
     assert float(experts.gate_up_proj.grad.abs().sum()) > 0
     again = MoEGPT2Config(**{**TINY, "num_experts": 3}, expert_widths=[16] * 3)
     assert again.expert_widths is None and again.expert_intermediate_size == 16
+
+
+def test_a_model_made_without_memory_gets_its_blocks_with_its_weights() -> None:
+    config = MoEGPT2Config(**TINY, num_experts=3, expert_widths=[24, 8, 16])
+    with torch.device("meta"):
+        model = MoEGPT2LMHeadModel(config)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.block_table.fill_(99)
+            model._init_weights(module)
+            assert module.block_table.tolist() == module.table_rows()
 
 
 @pytest.mark.parametrize(
