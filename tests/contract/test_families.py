@@ -64,6 +64,9 @@ EXACT = {
     "partition": {"top_k": 8},
     "partition, clustered": {"top_k": 8, "neurons": "clustered"},
     "partition, shared part": {"top_k": 8, "shared_size": 16},
+    "partition, unequal": {"top_k": 8, "widths": True},
+    "partition, unequal, clustered": {"top_k": 8, "widths": True, "neurons": "clustered"},
+    "partition, unequal, shared part": {"top_k": 8, "widths": True, "shared_size": 16},
     "copy, one": {"method": "copy", "top_k": 1},
     "copy, three": {"method": "copy", "top_k": 3},
     "virtual, one copy": {"method": "virtual", "groups": 4, "top_k": 4},
@@ -71,12 +74,23 @@ EXACT = {
 }
 
 
+def unequal_widths(dense: transformers.PreTrainedModel, shared_size: int = 0) -> list[int]:
+    """Return eight widths, the first the widest, that add up to the network of ``dense`` less the shared part."""
+    rest = FAMILIES[dense.config.model_type].shape(dense.config).intermediate_size - shared_size
+    return [rest - 34, 8, 4, 8, 6, 4, 2, 2]
+
+
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("form", EXACT)
 def test_conversion_is_exact_at_the_start(name: str, form: str) -> None:
     dense, ids = dense_model(name), tokens()
     before = copy.deepcopy(dense.state_dict())
-    moe = convert_to_moe(dense, num_experts=8, **EXACT[form])
+    options = dict(EXACT[form])
+    if "widths" in options:
+        options["widths"] = unequal_widths(dense, int(options.get("shared_size", 0)))
+    moe = convert_to_moe(dense, num_experts=8, **options)
+    if "widths" in options:
+        assert [layer.experts.widths for layer in classes.placed_layers(moe).values()] == [tuple(options["widths"])] * 3
     with torch.no_grad():
         a, b = dense(ids).logits.double(), moe(ids).logits.double()
     assert float((a - b).abs().max()) < 1e-5
@@ -187,6 +201,24 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert moe.dtype == dtype
     with torch.no_grad():
         assert torch.isfinite(moe(tokens()).logits).all()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unequal_experts_train_save_and_load(name: str, tmp_path: Path) -> None:
+    dense, ids = dense_model(name), tokens()
+    moe = convert_to_moe(dense, num_experts=8, top_k=3, widths=unequal_widths(dense))
+    moe(ids).logits.square().mean().backward()
+    for layer in classes.placed_layers(moe).values():
+        assert float(layer.experts.up_weight.grad.abs().sum()) > 0
+        assert float(layer.router.weight.grad.abs().sum()) > 0
+    moe.save_pretrained(tmp_path)
+    auto = AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM
+    loaded, state = auto.from_pretrained(tmp_path), moe.state_dict()
+    assert set(state) == set(loaded.state_dict())
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(loaded)(ids).logits, moe(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert"])

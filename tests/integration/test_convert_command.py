@@ -111,6 +111,33 @@ def test_what_is_exact_as_saved(method: str, top_k: int, dense: Path, tmp_path: 
     assert float((a - b).abs().max()) < 1e-5
 
 
+def test_experts_of_unequal_widths(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe"
+    widths = [32, 16, 8, 8]
+    done = command(
+        "convert", str(dense), str(out), "--experts", "4", "--set", f"widths={widths}", "--set", "neurons=clustered"
+    )
+    assert done.code == 0, done.err
+    assert f"neurons per expert: {', '.join(map(str, widths))}" in done.out
+    assert "narrowest experts" in done.out and "widest experts" in done.out and "4 of 4 experts" in done.out
+    assert f"{widths[2]} and {widths[3]} neurons wide" in (out / "README.md").read_text(encoding="utf-8")
+    ids = torch.arange(9).unsqueeze(0)
+    moe = AutoModelForCausalLM.from_pretrained(out)
+    assert moe.config.expert_widths == widths
+    for layer in placed_layers(moe).values():
+        layer.router.top_k = 4
+    with torch.no_grad():
+        difference = moe(ids).logits - AutoModelForCausalLM.from_pretrained(dense)(ids).logits
+    assert float(difference.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("widths", ["[1,2]", "8", "abc", "{a: 1}"])
+def test_widths_that_do_not_fit(widths: str, dense: Path, tmp_path: Path) -> None:
+    done = command("convert", str(dense), str(tmp_path / "moe"), "--experts", "4", "--set", f"widths={widths}")
+    assert done.code == 2 and "widths" in done.err and "Traceback" not in done.err
+    assert nothing_left(tmp_path / "moe")
+
+
 @pytest.mark.parametrize(("made", "word"), [(BertModel, "hidden states"), (BertForTokenClassification, "logits")])
 def test_the_architecture_chooses_the_class(made: type, word: str, tmp_path: Path) -> None:
     made(BERT).save_pretrained(tmp_path / "dense")

@@ -93,7 +93,7 @@ def run_comparison(
             price={
                 "value": price,
                 "unit": "router probability per token-expert pair",
-                "value_nats_per_j": price / cost.pair_cost_j(work.layers[0]),
+                "value_nats_per_j": price / cost.mean_pair_cost_j(work.layers[0]),
                 "pairs_frac": spec.price.pairs_frac if spec.price.value is None else None,
             }
         )
@@ -137,7 +137,7 @@ def _cost_model(moe: nn.Module, meter: EnergyMeter, device: str, run: RunFolder,
         meter,
         dtype=str(experts.down_proj.dtype).removeprefix("torch."),
         expert_shape=(
-            experts.num_experts,
+            experts.num_blocks,  # unequal experts are computed, and so calibrated, as blocks of one width
             experts.hidden_size,
             experts.intermediate_size,
             int(experts.gated),
@@ -225,12 +225,12 @@ def _score_batch(
     nll = scorer.score(batch).cpu()  # the copy waits for the device, so that the time is that of the work
     duration_s = time.perf_counter() - started
     decisions = {name: layer.last_routing for name, layer in moe_layers(scorer.model)}
-    pairs, opened = [], []
+    pairs: list[list[float]] = []
     for name, decision in decisions.items():
         assert decision is not None
         stats[name].add(decision)
-        pairs.append(float(decision.active.sum()))
-        opened.append(float(decision.opened.sum()))
+        pairs.append(decision.counts.tolist())
+    opened = [[float(count > 0) for count in layer] for layer in pairs]
     tokens = batch.shape[0] * (batch.shape[1] - 1)
     forward_j = cost.forward_j(work, batch.numel(), pairs, opened)
     learning_j = forward_j * scorer.learning_passes
@@ -239,8 +239,8 @@ def _score_batch(
         "tokens": tokens,
         "nll_sum": float(nll.sum()),
         "sequence_nll": [float(value) for value in nll],
-        "experts_per_token": sum(pairs) / layers / batch.numel() if layers else None,
-        "distinct_experts": sum(opened) / layers if layers else None,
+        "experts_per_token": sum(map(sum, pairs)) / layers / batch.numel() if layers else None,
+        "distinct_experts": sum(map(sum, opened)) / layers if layers else None,
         # The whole, learning included; the part that learning took stands beside it.
         "energy_modelled_j": forward_j + learning_j,
         "energy_learning_modelled_j": learning_j,

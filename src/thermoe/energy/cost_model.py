@@ -9,7 +9,7 @@ running Mixture-of-Experts layers of the OLMoE shape (64 experts of 2048 x 1024,
 CUDA graphs): 2.89 mJ per opened expert of 12.6 MB and 0.028 mJ per token-expert pair of 12.6 MFLOP. On any other
 machine, and for any other shape, the result is an estimate, and it always says so; `thermoe calibrate` fits the terms
 on the machine at hand. Even then a modelled joule stays "estimated": only a sensor measures. Experts of the same shape
-share one cost.
+share one cost; unequal ones cost by their bytes and operations.
 
 What it leaves out: attention scores, normalisation, activations, and, in the prior, kernel launches. Launches dominate
 in small models run without CUDA graphs, so for these it says how work compares, not what a meter would read.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thermoe.energy.fit import Term, as_dict
-from thermoe.energy.work import LayerWork, ModelWork
+from thermoe.energy.work import Counts, LayerWork, ModelWork
 from thermoe.results import Provenance
 
 UNITS: dict[str, str] = {
@@ -133,23 +133,35 @@ class CostModel:
         }
 
     def open_cost_j(self, layer: LayerWork) -> float:
-        """Joules to open one expert of ``layer``."""
+        """Joules to open one expert of ``layer``, where all are alike."""
         return self.open_j_per_byte * layer.bytes_per_expert
 
+    def open_costs_j(self, layer: LayerWork) -> list[float]:
+        """Joules to open each expert of ``layer``."""
+        return [self.open_j_per_byte * count for count in layer.bytes_by_expert]
+
     def pair_cost_j(self, layer: LayerWork) -> float:
-        """Joules of one token in one expert of ``layer``."""
+        """Joules of one token in one expert of ``layer``, where all are alike."""
         return self.pair_j_per_flop * layer.flops_per_pair
 
+    def pair_costs_j(self, layer: LayerWork) -> list[float]:
+        """Joules of one token in each expert of ``layer``."""
+        return [self.pair_j_per_flop * count for count in layer.flops_by_expert]
+
+    def mean_pair_cost_j(self, layer: LayerWork) -> float:
+        """Joules of one token in an expert of ``layer``, averaged over the experts: the unit of relative costs."""
+        return self.pair_j_per_flop * (sum(layer.flops_by_expert) / layer.num_experts)
+
     def forward_j(
-        self, work: ModelWork, tokens: int, pairs: Sequence[float], opened: Sequence[float], *, passes: float = 1.0
+        self, work: ModelWork, tokens: int, pairs: Sequence[Counts], opened: Sequence[Counts], *, passes: float = 1.0
     ) -> float:
         """Return the modelled joules of one forward.
 
         Args:
             work: the model.
             tokens: tokens of the forward.
-            pairs: token-expert pairs per MoE layer.
-            opened: distinct experts per MoE layer.
+            pairs: per MoE layer the token-expert pairs: how many, or how many for each expert.
+            opened: per MoE layer the distinct experts: how many, or for each expert how often.
             passes: 1 for a forward; a backward to the activations reads and computes as much once more.
         """
         counts = work.step(tokens, pairs, opened).regressors
@@ -157,8 +169,8 @@ class CostModel:
 
     def relative_costs(self, layer: LayerWork) -> tuple[list[float], list[float]]:
         """Return (pair costs, opening costs) of the E experts in units of the mean pair cost, for a priced router."""
-        ratio = self.open_cost_j(layer) / self.pair_cost_j(layer)
-        return [1.0] * layer.num_experts, [ratio] * layer.num_experts
+        mean_flops, unit_j = sum(layer.flops_by_expert) / layer.num_experts, self.mean_pair_cost_j(layer)
+        return [f / mean_flops for f in layer.flops_by_expert], [cost / unit_j for cost in self.open_costs_j(layer)]
 
     def extrapolates(self, **operating_point: float) -> list[str]:
         """Return which of the given quantities lie outside what the fit saw; empty for a prior."""

@@ -12,26 +12,91 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from thermoe.moe.experts import Experts
+from thermoe.errors import ConfigError
+from thermoe.moe.experts import Experts, one_of_all
 from thermoe.moe.layer import moe_layers
 
 #: The dtype the prior was measured in; weights are counted at this width whatever this process computes in.
 REFERENCE_BYTES_PER_WEIGHT = 2
+#: One number for a whole layer, or one for each of its experts.
+Counts = float | Sequence[float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class LayerWork:
-    """What one MoE layer costs per unit of routing: bytes of an expert and operations of a token-expert pair."""
+    """What one MoE layer costs per unit of routing: bytes of an expert and operations of a token-expert pair.
 
-    num_experts: int
-    bytes_per_expert: int
-    flops_per_pair: int
+    Args:
+        num_experts: E.
+        bytes_per_expert: weights read when an expert is opened; one number for all, or one for each.
+        flops_per_pair: operations of one token in an expert; likewise.
+    """
+
+    bytes_by_expert: tuple[int, ...]
+    flops_by_expert: tuple[int, ...]
+
+    def __init__(
+        self, num_experts: int, bytes_per_expert: int | Sequence[int], flops_per_pair: int | Sequence[int]
+    ) -> None:
+        for name, given in (("bytes_by_expert", bytes_per_expert), ("flops_by_expert", flops_per_pair)):
+            values = (given,) * num_experts if not isinstance(given, Sequence) else tuple(given)
+            if len(values) != num_experts:
+                raise ConfigError(
+                    f"{len(values)} numbers for {num_experts} experts",
+                    where=f"LayerWork.{name}",
+                    accepted="one number for all experts, or one for each",
+                    fix="use LayerWork.of(experts)",
+                )
+            object.__setattr__(self, name, values)
 
     @classmethod
     def of(cls, experts: Experts) -> LayerWork:
         """Count the matrices of ``experts``: one multiply-add per weight and token; biases are left out everywhere."""
-        weights = experts.flops_per_pair // 2
-        return cls(experts.num_experts, weights * REFERENCE_BYTES_PER_WEIGHT, experts.flops_per_pair)
+        flops = experts.flops_per_pair_by_expert
+        return cls(experts.num_experts, [f // 2 * REFERENCE_BYTES_PER_WEIGHT for f in flops], flops)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.bytes_by_expert)
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes of one expert; a `ConfigError` where they differ."""
+        return one_of_all(self.bytes_by_expert, "bytes_per_expert", "bytes_by_expert")
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations of one pair; a `ConfigError` where they differ."""
+        return one_of_all(self.flops_by_expert, "flops_per_pair", "flops_by_expert")
+
+    def read_bytes(self, opened: Counts) -> float:
+        """Return the bytes read to open experts: how many of them, or for each expert how often."""
+        return _total(self.bytes_by_expert, opened, "opened")
+
+    def pair_flops(self, pairs: Counts) -> float:
+        """Return the operations of token-expert pairs: how many of them, or how many for each expert."""
+        return _total(self.flops_by_expert, pairs, "pairs")
+
+
+def _total(each: tuple[int, ...], counts: Counts, name: str) -> float:
+    if not isinstance(counts, Sequence):
+        if len(set(each)) != 1:
+            raise ConfigError(
+                f"{name} is one number, {counts}, for a layer whose experts differ",
+                where=name,
+                accepted=f"{len(each)} numbers, one for each expert",
+                fix="take them from RoutingDecision.counts, or RoutingDecision.opened",
+            )
+        return each[0] * counts
+    if len(counts) != len(each):
+        raise ConfigError(
+            f"{name} has {len(counts)} numbers for {len(each)} experts",
+            where=name,
+            accepted=f"{len(each)} numbers, one for each expert",
+            fix="give the counts of this layer",
+        )
+    return float(sum(unit * count for unit, count in zip(each, counts, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +163,19 @@ class ModelWork:
         )
         return cls(weights * REFERENCE_BYTES_PER_WEIGHT, 2 * weights, tuple(layers))
 
-    def step(self, tokens: int, pairs: Sequence[float], opened: Sequence[float]) -> StepWork:
+    def step(self, tokens: int, pairs: Sequence[Counts], opened: Sequence[Counts]) -> StepWork:
         """Return the work of one forward.
 
         Args:
             tokens: tokens of the forward.
-            pairs: token-expert pairs per MoE layer.
-            opened: distinct experts per MoE layer.
+            pairs: per MoE layer the token-expert pairs: how many, or how many for each expert.
+            opened: per MoE layer the distinct experts: how many, or for each expert how often.
+
+        Raises:
+            ConfigError: one number for a layer whose experts differ, or not one for each expert.
         """
         read_bytes, flops = float(self.shared_bytes), float(self.shared_flops_per_token) * tokens
         for layer, layer_pairs, layer_opened in zip(self.layers, pairs, opened, strict=True):
-            read_bytes += layer.bytes_per_expert * layer_opened
-            flops += layer.flops_per_pair * layer_pairs
+            read_bytes += layer.read_bytes(layer_opened)
+            flops += layer.pair_flops(layer_pairs)
         return StepWork(len(self.layers), read_bytes, flops, float(tokens * len(self.layers)))

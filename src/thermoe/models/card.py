@@ -59,6 +59,8 @@ def method_by_shape(config: Any) -> str | None:
     """Return the conversion method that gives experts of this width, or ``None`` if none does."""
     whole = config.moe_family.shape(config).intermediate_size
     width, experts = config.expert_intermediate_size, config.num_experts
+    if config.expert_widths is not None:
+        return "partition" if sum(config.expert_widths) + config.shared_intermediate_size == whole else None
     if width == whole:
         return "copy"
     if width * experts + getattr(config, "shared_intermediate_size", 0) == whole:
@@ -93,6 +95,12 @@ def _base_of(config: Any) -> tuple[str | None, str]:
     return name, f"`{name}`"
 
 
+def _widths(config: Any) -> str:
+    if config.expert_widths is None:
+        return f"each {config.expert_intermediate_size}"
+    return f"{', '.join(map(str, config.expert_widths[:-1]))} and {config.expert_widths[-1]}"
+
+
 def _short(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, (list, tuple)) and len(value) > 4 else str(value)
 
@@ -116,13 +124,13 @@ def model_card(model: Any, *, method: str | None = None, exactness: str | None =
 
     Args:
         model: a model of an MoE class; its configuration's `routers` are up to date.
-        method: how it was converted; ``None`` tells it by the experts' width.
+        method: how it was converted; ``None`` is what the configuration says, or else the experts' width.
         exactness: a sentence of `describe_exactness`; ``None`` gives what holds by construction.
     """
     config = model.config
     hub_name, base = _base_of(config)
     auto, task = task_of(type(model).__name__)
-    method = method or method_by_shape(config)
+    method = method or config.conversion_method or method_by_shape(config)
     how, holds = METHOD_TEXTS.get(method or "", ("experts of a width of their own", "no dense model to compare with"))
     front: dict[str, Any] = {
         "library_name": "thermoe",
@@ -143,7 +151,7 @@ def model_card(model: Any, *, method: str | None = None, exactness: str | None =
         "",
         f"- Made from: {base}.",
         f"- Method: {how}.",
-        f"- Experts: {config.num_experts} per layer, each {config.expert_intermediate_size} neurons wide.",
+        f"- Experts: {config.num_experts} per layer, {_widths(config)} neurons wide.",
         f"- Experts per token: at most {config.num_experts_per_tok}.",
         f"- Layers: {describe_layers(config.moe_layers)} of {config.num_hidden_layers} (counted from 0).",
         *(f"- Router, {line}." for line in _routers(config)),

@@ -15,6 +15,7 @@ from torch import nn
 
 from thermoe.errors import CheckpointError, ConfigError
 from thermoe.models.families import Family
+from thermoe.moe.experts import Experts
 
 SHOWN = 4
 
@@ -76,6 +77,24 @@ def check_in_memory(layers: Iterable[nn.Module]) -> None:
             accepted="devices that hold the weights while the model runs; other layers may be offloaded",
             fix="load in half precision, spread the model over more devices, or run it on the CPU alone",
         )
+
+
+def check_blocks(experts: Iterable[Experts], source: str) -> None:
+    """Raise if the blocks of unequal experts are not those that the configuration's widths make.
+
+    Other widths of the same sum give weights of the same shapes, which would be read as other experts.
+
+    Raises:
+        CheckpointError: naming the widths.
+    """
+    for each in experts:
+        if each.block_table is not None and each.block_table.tolist() != each.table_rows():
+            raise CheckpointError(
+                f"the checkpoint's blocks are not those of experts of widths {list(each.widths)}",
+                where=source,
+                accepted="the expert_widths that the model was saved with, in their order",
+                fix="restore config.json as save_pretrained wrote it",
+            )
 
 
 def damaged(error: SafetensorError, source: str) -> CheckpointError:

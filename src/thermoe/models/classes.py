@@ -29,9 +29,9 @@ from thermoe import __version__
 from thermoe.errors import ConfigError
 from thermoe.models import native_experts  # noqa: F401  (registers the experts implementation "thermoe")
 from thermoe.models.card import write_card
-from thermoe.models.checkpoint import check_in_memory, check_loaded, damaged
+from thermoe.models.checkpoint import check_blocks, check_in_memory, check_loaded, damaged
 from thermoe.models.families import FAMILIES, Family
-from thermoe.moe.experts import Experts
+from thermoe.moe.experts import Experts, split_widths
 from thermoe.moe.layer import MoELayer
 from thermoe.routers.base import ROUTERS, Router
 from thermoe.routers.swap import build_router
@@ -50,11 +50,13 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     "num_experts": (int, 8),
     "num_experts_per_tok": (int, 2),
     "expert_intermediate_size": (int | None, None),
+    "expert_widths": (list[int] | None, None),
     "shared_intermediate_size": (int, 0),
     "moe_layers": (list[int] | None, None),
     "expert_bias": (bool, False),
     "layer_bias": (bool | None, None),
     "gated_experts": (bool | None, None),
+    "conversion_method": (str | None, None),
     "routers": (dict[str, Any] | None, None),
     "thermoe_version": (str | None, None),
 }
@@ -63,12 +65,15 @@ _CONFIG_DOC = """Configuration of a {name} with MoE layers: the fields of `{name
 Args:
     num_experts: E per MoE layer.
     num_experts_per_tok: most experts per token, k.
-    expert_intermediate_size: F of one expert; ``None`` divides the dense width by E.
+    expert_intermediate_size: F of one expert; ``None`` divides the dense width by E. With `expert_widths` it follows
+        from them: the width of the blocks in which they are kept, their greatest common divisor.
+    expert_widths: neurons of each expert where they differ; ``None`` is the same for all.
     shared_intermediate_size: neurons of an always-on part beside the experts; 0 is none.
     moe_layers: positions of the blocks with an MoE layer; ``None`` is all.
     expert_bias: whether each expert has its own output bias.
     layer_bias: whether the layer adds one output bias per token; ``None`` as in the dense network.
     gated_experts: SwiGLU experts or ungated ones; ``None`` as in the dense network.
+    conversion_method: how the dense model was converted, or ``None``.
     routers: by block position (as a string), ``{{"name": ..., "top_k": ..., "options": {{...}}}}``; the baseline where
         one is missing.
     thermoe_version: the version that wrote the configuration.
@@ -89,6 +94,8 @@ def _complete(config: Any) -> None:
             fix="lower it or raise num_experts",
         )
     blocks = config.num_hidden_layers
+    if config.expert_widths is not None:
+        _complete_widths(config)
     if config.expert_intermediate_size is None:
         config.expert_intermediate_size = max(1, shape.intermediate_size // config.num_experts)
     config.moe_layers = list(range(blocks)) if config.moe_layers is None else sorted(set(config.moe_layers))
@@ -111,6 +118,28 @@ def _complete(config: Any) -> None:
             fix="update thermoe: pip install --upgrade thermoe",
         )
     config.thermoe_version = written
+
+
+def _complete_widths(config: Any) -> None:
+    """Set what follows from the experts' widths: that of a block; experts of one width are no unequal ones."""
+    widths = list(config.expert_widths)
+    block = widths[0] if len(set(widths)) == 1 else split_widths(widths)[0]
+    given = config.expert_intermediate_size
+    if len(widths) != config.num_experts or given not in (None, block):
+        raise ConfigError(
+            f"expert_widths are {widths} with {config.num_experts} experts and expert_intermediate_size {given}",
+            where="expert_widths",
+            accepted=f"{config.num_experts} widths, and expert_intermediate_size {block} (their divisor) or none",
+            fix="leave expert_intermediate_size out, and give one width per expert",
+        )
+    if config.expert_bias and len(set(widths)) > 1:
+        raise ConfigError(
+            "experts of unequal widths cannot have output biases of their own",
+            where="expert_bias",
+            accepted="False with expert_widths",
+            fix="use layer_bias=True, one output bias for the whole layer",
+        )
+    config.expert_intermediate_size, config.expert_widths = block, widths if len(set(widths)) > 1 else None
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -161,7 +190,12 @@ def build_layer(config: Any, position: int) -> MoELayer:
         "up_bias": shape.up_bias and config.gated_experts == shape.gated,
     }
     experts = Experts(
-        config.num_experts, shape.hidden_size, config.expert_intermediate_size, **form, down_bias=config.expert_bias
+        config.num_experts,
+        shape.hidden_size,
+        config.expert_intermediate_size,
+        **form,
+        down_bias=config.expert_bias,
+        blocks=None if config.expert_widths is None else split_widths(config.expert_widths)[1],
     )
     shared = None
     if config.shared_intermediate_size:
@@ -236,6 +270,8 @@ class MoEModelMixin:
             for bias in (module.up_bias, module.down_bias):
                 if bias is not None:
                     init.zeros_(bias)
+            if module.block_table is not None:
+                init.copy_(module.block_table, torch.tensor(module.table_rows()))
         elif isinstance(module, Router):
             init.normal_(module.weight, std=0.02 * (768 / module.hidden_size) ** 0.5)
             init.zeros_(module.ramp)
@@ -284,6 +320,7 @@ class MoEModelMixin:
             raise damaged(error, source) from error
         check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
         check_in_memory(placed_layers(model).values())
+        check_blocks([layer.experts for layer in placed_layers(model).values()], source)
         return (model, info) if with_info else model
 
 

@@ -339,7 +339,14 @@ def _print(console: Console, dense: Any, converted: Any, *, method: str, dtype: 
     table = Table(title="parameters", title_justify="left")
     for column, side in (("", "left"), ("dense", "right"), ("MoE", "right"), ("MoE / dense", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
-    for title, key in (("all", "parameters"), ("active per token", "active_parameters")):
+    rows = [("all", "parameters"), ("active per token", "active_parameters")]
+    if config.expert_widths is not None:  # what works depends on which experts the router takes
+        narrow, wide = "active per token, narrowest experts", "active per token, widest experts"
+        rows = [rows[0], (narrow, "active_parameters_min"), (wide, "active_parameters")]
+    for title, key in rows:
         table.add_row(title, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.3f}")
     console.print(table)
+    if config.expert_widths is not None:
+        widths = ", ".join(map(str, config.expert_widths))
+        console.print(f"neurons per expert: {widths}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"exactness: {sentence}", markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,8 @@
 
 - `partition` (MoEfication, arXiv 2110.01786; D2DMoE, arXiv 2310.04361): the F neurons of a feed-forward network are
   divided among E experts. A dense output is the sum of all experts' outputs, so that k = E with unit weights is the
-  dense model; fewer experts save compute and lose some of it, which recovery training wins back.
+  dense model; fewer experts save compute and lose some of it, which recovery training wins back. With `widths` the
+  experts differ in size, and so in what they cost.
 - `copy` (upcycling, arXiv 2212.05055): E copies of the whole network with renormalised weights: exact for every router
   and every k, and k times the compute. Noise or a partial re-initialisation (drop-upcycling, arXiv 2502.19261) make the
   copies differ, at the price of exactness.
@@ -16,7 +17,7 @@ The output bias stays outside the experts and is added once per token; inside, k
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from thermoe.errors import ConversionError, UnknownNameError
 from thermoe.models.classes import base_model_of, build_layer, moe_config_class, moe_model_class, place_layer
 from thermoe.models.families import FFNWeights, family_of
-from thermoe.models.neurons import Grouping, divide_neurons, largest_neurons
+from thermoe.models.neurons import Grouping, check_widths, divide_neurons, largest_neurons, order_neurons
 from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
 from thermoe.routers.base import Gate, Router
@@ -61,7 +62,7 @@ def _chosen_blocks(count: int, layers: Iterable[int] | None) -> list[int]:
     return sorted(chosen)
 
 
-def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None, shared: int) -> int:
+def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None, shared: int, widths: Any) -> int:
     """Return into how many shards the network is divided, after checking that it can be."""
     if num_experts < 1:
         raise ConversionError(
@@ -84,6 +85,13 @@ def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None
             accepted="0, or method='partition'",
             fix="leave shared_size out",
         )
+    if widths is not None and method != "partition":
+        raise ConversionError(
+            f"widths are given with method {method!r}",
+            where="widths",
+            accepted="None, or method='partition'",
+            fix="leave widths out",
+        )
     if not 0 <= shared < ffn_width:
         raise ConversionError(
             f"shared_size is {shared} of {ffn_width} neurons",
@@ -101,7 +109,7 @@ def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None
             accepted=f"a divisor of {num_experts}",
             fix="choose groups so that num_experts is a multiple of it",
         )
-    if (ffn_width - shared) % shards:
+    if widths is None and (ffn_width - shared) % shards:
         near = [n for n in range(2, min(ffn_width, 129)) if (ffn_width - shared) % n == 0]
         name = "num_experts" if method == "partition" else "groups"
         what = "experts" if method == "partition" else "shards"
@@ -116,7 +124,7 @@ def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None
 
 @torch.no_grad()
 def _fill(experts: Experts, ffn: FFNWeights, neurons: Tensor, scale: float = 1.0) -> None:
-    """Give each expert its neurons (E, F of one expert); ``scale`` is on the output projection."""
+    """Give each block (an expert, where all are alike) its neurons (G, F); ``scale`` is on the output projection."""
     up, bias = ffn.up[neurons], None if ffn.up_bias is None else ffn.up_bias[neurons]
     if ffn.gate is not None:
         up = torch.cat([ffn.gate[neurons], up], dim=1)
@@ -161,8 +169,12 @@ def _fill_layer(layer: MoELayer, ffn: FFNWeights, method: Method, shards: int, g
     if layer.shared is not None:
         always, everything = largest_neurons(ffn, layer.shared.intermediate_size)
         _fill(layer.shared, ffn, always.unsqueeze(0))
-    parts = divide_neurons(ffn, everything, shards, grouping, seed=seed)
-    _fill(experts, ffn, parts.repeat(experts.num_experts // shards, 1), scale=shards if method == "virtual" else 1.0)
+    if experts.blocks is not None:
+        ordered = order_neurons(ffn, everything, experts.widths, grouping, seed=seed)
+        _fill(experts, ffn, ordered.view(experts.num_blocks, -1))
+    else:
+        parts = divide_neurons(ffn, everything, shards, grouping, seed=seed).repeat(experts.num_experts // shards, 1)
+        _fill(experts, ffn, parts, scale=shards if method == "virtual" else 1.0)
     if method == "virtual":
         router = layer.router
         assert isinstance(router, Router)
@@ -183,6 +195,7 @@ def convert_to_moe(
     layers: Iterable[int] | None = None,
     neurons: Grouping = "contiguous",
     shared_size: int = 0,
+    widths: Sequence[int] | None = None,
     groups: int | None = None,
     noise: float = 0.0,
     reinit_frac: float = 0.0,
@@ -202,6 +215,9 @@ def convert_to_moe(
         layers: positions of the blocks to convert; ``None`` is all.
         neurons: "contiguous" or "clustered": how neurons are divided into shards.
         shared_size: neurons of an always-on part beside the experts ("partition").
+        widths: neurons of each of the E experts ("partition"), which add up to the network's less ``shared_size``, such
+            as ``[1024, 512, 512, 256, 256, 256, 128, 128]``; ``None`` is equal shares. Experts are kept in blocks of
+            their greatest common divisor, at most 1023 of them; multiples of 64 or more suit a GPU.
         groups: shards of "virtual"; 2 when ``None``.
         noise: standard deviation of noise on the experts' weights, relative to theirs ("copy", "virtual").
         reinit_frac: share of each expert's neurons drawn anew ("copy", "virtual").
@@ -215,8 +231,8 @@ def convert_to_moe(
         A new model, `MoE` + the class of the given one, in its dtype, device and training mode.
 
     Raises:
-        ConversionError: unknown architecture, quantised weights, an expert count that does not divide the network, no
-            such layer, or a top_k outside 1..E.
+        ConversionError: unknown architecture, quantised weights, an expert count that does not divide the network or
+            widths that do not add up to it, no such layer, or a top_k outside 1..E.
         UnknownNameError: unknown method or router.
     """
     if method not in METHODS:
@@ -233,7 +249,8 @@ def convert_to_moe(
     dense_config: Any = model.config
     config_class: Any = type(dense_config)
     ffn_width = family.shape(dense_config).intermediate_size
-    shards = _shards(ffn_width, num_experts, method, groups, shared_size)
+    shards = _shards(ffn_width, num_experts, method, groups, shared_size, widths)
+    unequal = check_widths(widths, num_experts, ffn_width, shared_size)
     if top_k is None:
         top_k = max(1, num_experts // 2) if method == "partition" else shards
     _check_numbers(num_experts, top_k, method, shards, noise, reinit_frac)
@@ -245,9 +262,11 @@ def convert_to_moe(
         **fields,
         num_experts=num_experts,
         num_experts_per_tok=top_k,
-        expert_intermediate_size=(ffn_width - shared_size) // shards,
+        expert_intermediate_size=None if unequal else (ffn_width - shared_size) // shards,
+        expert_widths=unequal,
         shared_intermediate_size=shared_size,
         moe_layers=chosen,
+        conversion_method=method,
         routers={str(i): entry for i in chosen},
     )
     config._attn_implementation = dense_config._attn_implementation

@@ -42,10 +42,21 @@ def exactness(dense: nn.Module, converted: nn.Module, rows: Tensor) -> dict[str,
 
 
 def model_size(model: nn.Module) -> dict[str, int]:
-    """Return all parameters, and those that work on one token (top_k experts of each MoE layer)."""
+    """Return how many parameters there are, and how many work on one token in top_k experts of each MoE layer.
+
+    Returns:
+        `parameters`; `active_parameters`, the most: those of the widest top_k experts; and `active_parameters_min`, the
+        least: those of the narrowest. The last two are equal where all experts of a layer are alike.
+    """
     total = sum(p.numel() for p in model.parameters())
-    idle = 0
+    least_idle = most_idle = 0
     for _, layer in moe_layers(model):
         assert isinstance(layer.router, Router)
-        idle += layer.experts.parameters_per_expert * (layer.experts.num_experts - layer.router.top_k)
-    return {"parameters": total, "active_parameters": total - idle}
+        sizes, idle = sorted(layer.experts.parameters_by_expert), layer.experts.num_experts - layer.router.top_k
+        least_idle += sum(sizes[:idle])
+        most_idle += sum(sizes[len(sizes) - idle :])
+    return {
+        "parameters": total,
+        "active_parameters": total - least_idle,
+        "active_parameters_min": total - most_idle,
+    }

@@ -90,12 +90,32 @@ def apply_capacity(
     return torch.empty_like(flat).scatter(0, order, kept).reshape(expert_index.shape)
 
 
+def expand_to_blocks(expert_index: Tensor, weights: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn slots of experts into slots of their blocks, each with the expert's weight.
+
+    Shapes depend on the table alone and no count is read, so that it runs in a CUDA graph. A token may name an expert
+    twice, hence K * M slots, M blocks of the widest expert each.
+
+    Args:
+        expert_index: int64 (T, K), E meaning "no expert".
+        weights: (T, K).
+        block_table: int64 (E + 1, M), as `Experts` holds it.
+
+    Returns:
+        int64 (T, K * M) block numbers, G (the table's own sentinel) meaning "no block", and their weights, 0 there.
+    """
+    ids = block_table[expert_index].flatten(1)
+    repeated = weights.unsqueeze(-1).expand(-1, -1, block_table.shape[1]).flatten(1)
+    # The last row is all sentinels; `where`, not a product, stops the gradient of the slots without a block.
+    return ids, torch.where(ids != block_table[-1, -1], repeated, 0)
+
+
 def run_dense(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
     """Reference: every expert on every token, then the weighted sum. Static shapes on any device and dtype."""
-    scattered = torch.zeros(
-        x_TD.shape[0], experts.num_experts + 1, dtype=weights.dtype, device=x_TD.device
-    ).scatter_add(1, expert_index, weights)
-    return torch.einsum("te,etd->td", scattered[:, :-1].to(x_TD.dtype), experts.forward_all(x_TD))
+    scattered = torch.zeros(x_TD.shape[0], experts.num_blocks + 1, dtype=weights.dtype, device=x_TD.device).scatter_add(
+        1, expert_index, weights
+    )
+    return torch.einsum("te,etd->td", scattered[:, :-1].to(x_TD.dtype), experts.forward_blocks(x_TD))
 
 
 def _combine(rows: Tensor, slot: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,7 +133,7 @@ def run_loop(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Exper
     On a GPU it waits for the counts once per call, so that it is for references there.
     """
     top_k = expert_index.shape[1]
-    plan = plan_dispatch(expert_index, experts.num_experts)
+    plan = plan_dispatch(expert_index, experts.num_blocks)
     ends = plan.ends.tolist()
     live = ends[-1] if ends else 0
     token = plan.order[:live] // top_k
@@ -143,9 +163,9 @@ def run_grouped(x_TD: Tensor, expert_index: Tensor, weights: Tensor, experts: Ex
     is masked on both sides.
     """
     top_k = expert_index.shape[1]
-    plan = plan_dispatch(expert_index, experts.num_experts)
+    plan = plan_dispatch(expert_index, experts.num_blocks)
     live = (torch.arange(plan.order.numel(), device=x_TD.device) < plan.ends[-1]).unsqueeze(-1)
-    expert = plan.expert.clamp(max=experts.num_experts - 1)
+    expert = plan.expert.clamp(max=experts.num_blocks - 1)
     x_RD = torch.where(live, x_TD[plan.order // top_k], 0)
     up = F.grouped_mm(x_RD, experts.up_weight.transpose(1, 2), offs=plan.ends)
     if experts.up_bias is not None:
@@ -193,6 +213,8 @@ def run_experts(
         raise UnknownNameError.of("expert backend", backend, BACKENDS, where="backend")
     if x_TD.shape[0] == 0 or expert_index.shape[1] == 0:
         return torch.zeros_like(x_TD)
+    if experts.block_table is not None:  # from here on ids are those of blocks, below experts.num_blocks
+        expert_index, weights = expand_to_blocks(expert_index, weights, experts.block_table)
     chosen = _choose_backend(x_TD) if backend == "auto" else backend
     if chosen == "dense":
         return run_dense(x_TD, expert_index, weights, experts)
