@@ -67,16 +67,16 @@ class TopPRouter(Router):
         theta: float = 0.4,
         k_min: int = 1,
         target_k: float | None = None,
-        kp: float = 0.1,
-        ki: float = 0.05,
+        kp: float = 0.05,
+        ki: float = 0.02,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
         check_option("theta", theta, 0, 1, usual=0.4)
         check_option("k_min", k_min, 1, top_k, usual=1)
         if target_k is not None:
             check_option("target_k", target_k, k_min, top_k, usual=None)
-        check_option("kp", kp, 0, 1, usual=0.1)
-        check_option("ki", ki, 0, 1, usual=0.05)
+        check_option("kp", kp, 0, 1, usual=0.05)
+        check_option("ki", ki, 0, 1, usual=0.02)
         self.start_theta, self.k_min, self.target_k, self.kp, self.ki = theta, k_min, target_k, kp, ki
         self.register_buffer("theta", torch.full((), theta, dtype=torch.float32))
         self.register_buffer("k_error", torch.zeros((), dtype=torch.float32))
