@@ -13,12 +13,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from thermoe import cli
+from thermoe.adapt.test_time import RouterAdapter
 from thermoe.errors import RoutingError
+from thermoe.evaluation import routing_accuracy
+from thermoe.moe.decision import RoutingContext
 from thermoe.moe.layer import collect_routing, moe_layers
 from thermoe.moe.losses import routing_loss
 from thermoe.routers.base import ROUTERS, Router
 from thermoe.routers.swap import build_router, set_router
-from thermoe.testing import check_router, random_tokens, tiny_moe
+from thermoe.testing import _NoHostReads, check_router, random_tokens, tiny_moe
 
 IDS = random_tokens(3, 10)
 #: Options under which a setting differs from the default's path.
@@ -170,6 +173,32 @@ def test_a_repeated_forward_decides_the_same(name: str) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_every_router_can_be_judged_and_adapted_at_test_time(name: str) -> None:
+    model = tiny_moe()
+    set_router(model, name, **OPTIONS.get(name, {}))
+    own = routing_accuracy(model, [IDS])
+    assert len(own) == 2 and all(0 <= layer.overlap <= 1 and layer.tokens > 0 for layer in own.values())
+    assert len(routing_accuracy(model, [IDS], chooser="random")) == 2
+    best = routing_accuracy(model, [IDS], chooser="oracle")
+    assert all(layer.overlap == 1 and layer.regret == 0 for layer in best.values())
+    with RouterAdapter(model) as adapter:
+        assert adapter.score_and_learn(IDS).learned
+        assert torch.isfinite(_logits(model)).all()
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_adapting_waits_for_no_device(name: str) -> None:
+    router = build_router(name, 16, 8, 3, OPTIONS.get(name, {})).train()
+    ids = torch.arange(24)
+    decision = router(torch.randn(24, 16), RoutingContext(2, 12, ids % 5 != 0, ids, ids % 12))
+    with _NoHostReads():
+        router.observe(decision)
+        router.observe(decision)
+        router.after_step()
+        router.after_step()
 
 
 PLUGIN = '''
