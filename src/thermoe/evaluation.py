@@ -153,7 +153,7 @@ class _Judge:
         experts = layer.experts.num_experts
         self.subsets = {
             k: torch.tensor(list(combinations(range(experts), k)))
-            for k in range(1, layer.router.top_k + 1)  # type: ignore[operator]
+            for k in range(1, layer.router.num_slots + 1)  # type: ignore[operator]
         }
         self.sums = dict.fromkeys(("tolerant", "tolerant_chance", "overlap", "overlap_chance", "regret", "tokens"), 0.0)
 
@@ -163,9 +163,9 @@ class _Judge:
         assert decision is not None
         router = self.layer.router
         assert isinstance(router, Router)
-        chosen = self._choose(x_TD, decision.expert_index)
+        chosen = self._choose(x_TD, decision.pairs()[0])
         outputs = self.layer.experts.forward_all(x_TD).float()
-        yardstick = torch.softmax(router.slow_scores(x_TD), dim=-1)
+        yardstick = router.probabilities(router.slow_scores(x_TD))
         sizes = (chosen < decision.num_experts).sum(-1)
         for k, subsets in self.subsets.items():
             of_size = sizes == k
@@ -184,7 +184,7 @@ class _Judge:
             return routed
         router = self.layer.router
         assert isinstance(router, Router)
-        random = RandomRouter(router.hidden_size, router.num_experts, router.top_k).to(x_TD.device)
+        random = RandomRouter(router.hidden_size, router.num_experts, router.num_slots).to(x_TD.device)
         scores = router.scores(x_TD)
         everyone = random.select(scores, scores, RoutingContext(1, x_TD.shape[0]))
         # As many experts per token as the router used, so that only the choice differs.
@@ -290,7 +290,7 @@ def routing_accuracy(
             fix="leave it at 0.01",
         )
     for name, layer in layers.items():
-        experts, top_k = layer.experts.num_experts, int(layer.router.top_k)  # type: ignore[arg-type]
+        experts, top_k = layer.experts.num_experts, int(layer.router.num_slots)  # type: ignore[arg-type]
         largest = max(math.comb(experts, k) for k in range(1, top_k + 1))
         if largest > MAX_SUBSETS:
             raise RoutingError(

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,8 +118,16 @@ def _tokens(router: Router, count: int) -> Tensor:
     return torch.randn(count, router.hidden_size)
 
 
-#: Contexts that reach every path of a router: prefill of several sequences, and one position of each.
-_CONTEXTS = (RoutingContext(3, 4), RoutingContext(12, 1))
+def _context(batch: int, length: int, mask: Tensor | None = None) -> RoutingContext:
+    """Return a context with all that a router may go by."""
+    ids = torch.arange(100, 100 + batch * length)
+    positions = torch.arange(length).expand(batch, -1).reshape(-1)
+    return RoutingContext(batch, length, mask, ids, positions)
+
+
+def _contexts(router: Router, mask: Tensor | None = None) -> tuple[RoutingContext, ...]:
+    """Return contexts of 12 tokens that reach every path: prefill of several sequences, and one position of each."""
+    return (_context(3, 4, mask), _context(12, 1, mask))[: 2 if router.causal else 1]
 
 
 def _equal(first: RoutingDecision, second: RoutingDecision, rows: Tensor | slice = slice(None)) -> bool:
@@ -131,37 +140,42 @@ def _equal(first: RoutingDecision, second: RoutingDecision, rows: Tensor | slice
 
 def _check_record(build: BuildRouter) -> None:
     router = _evaluated(build)
-    for context in _CONTEXTS:
+    for context in _contexts(router):
         x = _tokens(router, 12)
         decision = router(x, context)
-        experts, slots = router.num_experts, decision.expert_index.shape[-1]
-        _demand("record", decision.logits.shape == (12, experts), "logits are not (T, E)")
-        _demand("record", decision.probabilities.shape == (12, experts), "probabilities are not (T, E)")
+        experts, slots, outputs = router.num_experts, decision.expert_index.shape[-1], router.num_outputs
+        _demand("record", decision.num_experts == experts, "the decision has another number of experts")
+        _demand("record", decision.logits.shape == (12, outputs), "logits are not (T, O)")
+        _demand("record", decision.probabilities.shape == (12, outputs), "probabilities are not (T, O)")
         _demand("record", decision.expert_index.shape == (12, slots), "expert_index is not (T, K)")
-        _demand("record", slots <= router.top_k, "more slots than top_k")
+        _demand("record", slots <= router.num_slots, "more slots than num_slots")
         _demand("record", decision.weights.shape == (12, slots), "weights are not (T, K)")
         _demand("record", decision.expert_index.dtype == torch.int64, "expert_index is not int64")
         _demand("record", decision.weights.dtype == x.dtype, "weights are not in the dtype of x")
-        softmax = torch.softmax(decision.logits, -1)
-        _demand("record", torch.equal(decision.probabilities, softmax), "probabilities are not softmax(logits)")
+        p = decision.probabilities
+        _demand(
+            "record", torch.equal(p, router.probabilities(decision.logits)), "probabilities do not follow the logits"
+        )
+        _demand("record", torch.allclose(p.sum(-1), torch.ones(12)) and (p >= 0).all(), "probabilities do not sum to 1")
         index = decision.expert_index
-        _demand("record", ((index >= 0) & (index <= experts)).all(), "an expert id is outside 0..E")
-        times = torch.zeros(12, experts + 1).scatter_add(1, index, torch.ones_like(decision.weights))[:, :experts]
+        _demand("record", ((index >= 0) & (index <= outputs)).all(), "an expert id is outside 0..O")
+        times = torch.zeros(12, outputs + 1).scatter_add(1, index, torch.ones_like(decision.weights))[:, :outputs]
         _demand("record", (times <= 1).all(), "a token names an expert twice")
-        _demand("record", torch.equal(decision.counts, times.sum(0)), "counts differ from expert_index")
-        _demand("record", torch.equal(decision.opened, times.sum(0) > 0), "opened differs from expert_index")
+        _demand("record", torch.equal(decision.counts, times.sum(0)[:experts]), "counts differ from expert_index")
+        _demand("record", torch.equal(decision.opened, decision.counts > 0), "opened differs from expert_index")
 
 
 def _check_weights(build: BuildRouter) -> None:
     router = _evaluated(build)
-    for context in _CONTEXTS:
+    for context in _contexts(router):
         decision = router(_tokens(router, 12), context)
-        live = decision.active
+        live = decision.active | decision.identity
         _demand("weights", (decision.weights[~live] == 0).all(), "an empty slot has a weight that is not 0")
         _demand("weights", (decision.weights[live] > 0).all(), "a slot is dispatched with weight 0")
         own = router.combine_weights(decision.probabilities, decision.expert_index)
         _demand("weights", torch.equal(own, decision.weights), "weights are not those of the gate on the selection")
         p = torch.nn.functional.pad(decision.probabilities, (0, 1)).gather(-1, decision.expert_index)
+        p = torch.where(live, p, 0)
         if router.gate == "renormalized":
             expected = p / p.sum(-1, keepdim=True).clamp(min=1e-30)
         elif router.gate == "probability":
@@ -170,8 +184,8 @@ def _check_weights(build: BuildRouter) -> None:
             expected = torch.where(live, (1 - router.ramp) + router.ramp * router.num_experts * p, 0)
         close = torch.allclose(decision.weights, expected, atol=1e-6)
         _demand("weights", close, f"weights do not follow from the gate {router.gate!r} on the probabilities alone")
-    p = torch.softmax(torch.randn(5, router.num_experts), -1).requires_grad_()
-    nothing = router.combine_weights(p, torch.full((5, router.top_k), router.num_experts))
+    p = torch.softmax(torch.randn(5, router.num_outputs), -1).requires_grad_()
+    nothing = router.combine_weights(p, torch.full((5, router.top_k), router.num_outputs))
     _demand("weights", (nothing == 0).all(), "a token without experts has weights that are not 0")
     (gradient,) = torch.autograd.grad(nothing.sum(), p, allow_unused=True)
     _demand("weights", gradient is None or (gradient == 0).all(), "a token without experts gives a gradient")
@@ -198,10 +212,9 @@ class _NoHostReads(TorchFunctionMode):
 def _check_no_sync(build: BuildRouter) -> None:
     router = _evaluated(build)
     with torch.no_grad():
-        for shape in _CONTEXTS:
-            mask = torch.ones(12, dtype=torch.bool)
-            mask[:2] = False
-            context = RoutingContext(shape.batch_size, shape.sequence_length, mask)
+        mask = torch.ones(12, dtype=torch.bool)
+        mask[:2] = False
+        for context in _contexts(router, mask):
             x = _tokens(router, 12)
             expected = router(x, context)
             torch.compiler.reset()
@@ -214,13 +227,13 @@ def _check_no_sync(build: BuildRouter) -> None:
 def _check_float32(build: BuildRouter) -> None:
     router = _evaluated(build).bfloat16()
     x = _tokens(router, 12).bfloat16()
-    for context in _CONTEXTS:
+    for context in _contexts(router):
         decision = router(x, context)
         _demand("float32", decision.logits.dtype == torch.float32, "scores of a bfloat16 model are not float32")
         _demand("float32", decision.probabilities.dtype == torch.float32, "probabilities are not float32")
         _demand("float32", decision.weights.dtype == torch.bfloat16, "weights are not in the dtype of x")
         exact = x.double() @ router.weight.double().T
-        close = torch.allclose(decision.logits.double(), exact, atol=1e-4)
+        close = torch.allclose(decision.logits[:, : router.num_experts].double(), exact, atol=1e-4)
         _demand("float32", close, "scores of a bfloat16 model are rounded to bfloat16")
         with torch.autocast("cpu", torch.bfloat16):
             again = router(x, context)
@@ -229,10 +242,9 @@ def _check_float32(build: BuildRouter) -> None:
 
 def _check_padding(build: BuildRouter) -> None:
     router = _evaluated(build)
-    for context in _CONTEXTS:
-        mask = torch.ones(12, dtype=torch.bool)
-        mask[[0, 4, 5, 8]] = False
-        padded = RoutingContext(context.batch_size, context.sequence_length, mask)
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[[0, 4, 5, 8]] = False
+    for padded in _contexts(router, mask):
         x = _tokens(router, 12)
         decision = router(x, padded)
         _demand("padding", (~decision.active[~mask]).all(), "a padded token has an expert")
@@ -242,14 +254,14 @@ def _check_padding(build: BuildRouter) -> None:
         other[~mask] = 100 * torch.randn_like(x[~mask])
         same = _equal(decision, router(other, padded), mask)
         _demand("padding", same, "what stands in padded tokens changes the routes of real ones")
-        everything = RoutingContext(context.batch_size, context.sequence_length, torch.zeros(12, dtype=torch.bool))
+        everything = replace(padded, padding_mask=torch.zeros(12, dtype=torch.bool))
         _demand("padding", not router(x, everything).opened.any(), "a batch of padding opens an expert")
 
 
 def _check_sizes(build: BuildRouter) -> None:
     router = _evaluated(build)
     nothing = _tokens(router, 0)
-    for context in (None, RoutingContext(0, 1), RoutingContext(1, 0)):
+    for context in (*(() if router.reads else (None,)), _context(0, 1), _context(1, 0)):
         decision = router(nothing, context)
         _demand("sizes", decision.expert_index.shape[0] == 0, "no tokens give a decision that is not empty")
     for top_k in (0, router.num_experts + 1):
@@ -259,12 +271,14 @@ def _check_sizes(build: BuildRouter) -> None:
             continue
         raise AssertionError(f"sizes: top_k = {top_k} of {router.num_experts} experts is not refused")
     router.active_top_k = 1
-    _demand("sizes", router(_tokens(router, 12)).active.sum(-1).max() <= 1, "active_top_k = 1 is not followed")
+    used = router(_tokens(router, 12), _context(3, 4)).active.sum(-1).float()
+    most = used.mean() if router.top_k_is_mean else used.max()
+    _demand("sizes", most <= 1, "active_top_k = 1 is not followed")
 
 
 def _check_deterministic(build: BuildRouter) -> None:
     router = _evaluated(build)
-    for context in _CONTEXTS:
+    for context in _contexts(router):
         x = _tokens(router, 12)
         before = torch.get_rng_state()
         first = router(x, context)
@@ -275,28 +289,42 @@ def _check_deterministic(build: BuildRouter) -> None:
 
 def _check_causal(build: BuildRouter) -> None:
     router = _evaluated(build)
-    for batch, length in ((1, 12), (3, 4)):
-        context = RoutingContext(batch, length)
-        x = _tokens(router, 12)
-        before = router(x, context)
-        for changed in range(1, length):
-            other = x.clone().view(batch, length, -1)
-            other[:, changed:] += torch.randn_like(other[:, changed:])
-            after = router(other.view(12, -1), context)
-            earlier = torch.arange(12).view(batch, length)[:, :changed].reshape(-1)
-            _demand("causal", _equal(before, after, earlier), "a later token changes the route of an earlier one")
+    same = [after for batch, length in ((1, 12), (3, 4)) for after in _earlier_routes_stay(router, batch, length)]
+    if router.causal:
+        _demand("causal", all(same), "a later token changes the route of an earlier one")
+        return
+    _demand("causal", not all(same), "the router says that it is not causal, and is")
+    try:
+        router(_tokens(router, 12), _context(12, 1))
+    except RoutingError:
+        return
+    raise AssertionError("causal: a router that is not causal routes a step of generation")
+
+
+def _earlier_routes_stay(router: Router, batch: int, length: int) -> Iterator[bool]:
+    """Yield, for every position, whether routes before it stay when all from it on is changed."""
+    context = _context(batch, length)
+    assert context.token_ids is not None
+    x = _tokens(router, 12)
+    before = router(x, context)
+    for changed in range(1, length):
+        other, ids = x.clone().view(batch, length, -1), context.token_ids.clone().view(batch, length)
+        other[:, changed:] += torch.randn_like(other[:, changed:])
+        ids[:, changed:] += 50
+        after = router(other.view(12, -1), replace(context, token_ids=ids.view(12)))
+        yield _equal(before, after, torch.arange(12).view(batch, length)[:, :changed].reshape(-1))
 
 
 def _check_not_finite(build: BuildRouter) -> None:
     router = _evaluated(build)
-    for context in _CONTEXTS:
+    for context in _contexts(router):
         x = _tokens(router, 12)
         for value in (float("nan"), float("inf"), float("-inf")):
             broken = x.clone()
             broken[3] = value
             index = router(broken, context).expert_index
-            inside = ((index >= 0) & (index <= router.num_experts)).all()
-            _demand("not_finite", inside, "a score that is not finite leads to an expert id outside 0..E")
+            inside = ((index >= 0) & (index <= router.num_outputs)).all()
+            _demand("not_finite", inside, "a score that is not finite leads to an expert id outside 0..O")
 
 
 def _check_state(build: BuildRouter) -> None:
@@ -319,7 +347,7 @@ def _check_state(build: BuildRouter) -> None:
         ("a router built from options()", rebuilt),
         ("a copy", copy.deepcopy(router)),
     ):
-        for context in _CONTEXTS:
+        for context in _contexts(router):
             same = _equal(router(x, context), twin(x, context))
             _demand("state", same, f"{name} with the same state decides otherwise")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thermoe.moe.decision import RoutingContext
+from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.routers import swap  # noqa: F401  (fills the registry)
 from thermoe.routers.base import ROUTERS, Router
 from thermoe.routers.swap import build_router
@@ -30,17 +30,52 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "priced, phase2": ("priced", {"price": 0.05, "open_cost": [2.0] * E, "drop": "phase2", "gate": "ramped"}),
     "priced, no drop pass": ("priced", {"price": 0.05, "open_cost": [2.0] * E, "drop": "none"}),
 }
-# A token that may keep no expert has none to lose, and the rule on padding asks that real tokens keep some.
-NOT_DUE = {("priced, k_min 0", "padding")}
+SETTINGS |= {
+    "noisy_topk, capacity in training": ("noisy_topk", {"capacity_factor": 1.0}),
+    "sigmoid_bias, probability gate": ("sigmoid_bias", {"gate": "probability"}),
+    "sigmoid_bias, adapted": ("sigmoid_bias", {"gamma": 0.05}),
+    "threshold, adapted": ("threshold", {"ema": 0.9, "max_experts": 5}),
+    "threshold, k_min 0": ("threshold", {"k_min": 0}),
+    "top_p, ramped gate": ("top_p", {"theta": 0.8, "gate": "ramped"}),
+    "top_p, adapted": ("top_p", {"theta": 0.8, "k_min": 2, "target_k": 2.5}),
+    "oea, decode grouping": ("oea", {"k0": 1, "group_by_position": True, "gate": "probability"}),
+    "oea, batch invariant": ("oea", {"batch_invariant": True}),
+    "mass_keep, decode grouping": ("mass_keep", {"keep": 2, "group_by_position": True}),
+    "sinkhorn, ramped gate": ("sinkhorn", {"gate": "ramped", "iterations": 3}),
+    "expert_choice, probability gate": ("expert_choice", {"gate": "probability"}),
+    "hash, another seed": ("hash", {"seed": 7}),
+    "round_robin, offset": ("round_robin", {"offset": 5}),
+    "fixed, two experts": ("fixed", {"experts": [6, 2]}),
+    "null, both kinds": ("null", {"num_zero": 1, "num_identity": 1}),
+    "null, both kinds, probability gate": ("null", {"num_zero": 1, "num_identity": 1, "gate": "probability"}),
+    "null, identity alone, ramped gate": ("null", {"num_zero": 0, "num_identity": 2, "gate": "ramped"}),
+    "null, as many as slots": ("null", {"num_zero": 3}),
+}
+_MAY_HAVE_NONE = "the rule on padding asks that real tokens keep an expert, and here one may choose to have none"
+NOT_DUE = {(name, "padding"): _MAY_HAVE_NONE for name in ("priced, k_min 0", "null, as many as slots")}
+
+
+def _build(setting: str) -> Router:
+    """Build a router, after two steps of training where the setting says adapted."""
+    name, options = SETTINGS[setting]
+    router = build_router(name, D, E, K, options)
+    if setting.endswith("adapted"):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            logits = torch.randn(64, E, generator=generator)
+            index = logits.topk(K).indices
+            router.observe(RoutingDecision(logits, router.probabilities(logits), index, torch.ones(64, K)))
+            router.after_step()
+        assert any((getattr(router, name) != 0).any() for name in router.adaptive)
+    return router
 
 
 @pytest.mark.parametrize("rule", ROUTER_RULES)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_contract(setting: str, rule: str) -> None:
     if (setting, rule) in NOT_DUE:
-        pytest.skip("the rule is about routers that give each token an expert")
-    name, options = SETTINGS[setting]
-    check_router(lambda: build_router(name, D, E, K, options), rules=[rule])
+        pytest.skip(NOT_DUE[setting, rule])
+    check_router(lambda: _build(setting), rules=[rule])
 
 
 class _Plain(Router):
@@ -122,6 +157,34 @@ BREACHES: dict[str, type[Router]] = {
 
 def test_a_plain_router_keeps_the_contract() -> None:
     check_router(lambda: _Plain(D, E, K))
+
+
+class _SaysNotCausal(_Plain):
+    causal = False
+
+
+class _DecodesAllTheSame(_BreaksCausal):
+    causal = False
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [(_SaysNotCausal, "says that it is not causal"), (_DecodesAllTheSame, "routes a step of generation")],
+)
+def test_an_exemption_from_causality_has_to_be_honest(broken: type[Router], message: str) -> None:
+    with pytest.raises(AssertionError, match=f"^causal: .*{message}"):
+        check_router(lambda: broken(D, E, K), rules=["causal"])
+
+
+class _OwnProbabilities(_Plain):
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Any:
+        decision = super().forward(x_TD, context)
+        return replace(decision, probabilities=torch.sigmoid(decision.logits))
+
+
+def test_probabilities_that_a_router_does_not_declare_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="record: probabilities do not follow"):
+        check_router(lambda: _OwnProbabilities(D, E, K), rules=["record"])
 
 
 class _ReadsCosts(_Plain):

@@ -26,7 +26,7 @@ from thermoe.models.native_experts import IMPLEMENTATION, why_not_native
 from thermoe.models.native_scoring import NativeScoring, recognise
 from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.moe.layer import Routed
-from thermoe.routers.base import Router
+from thermoe.routers.base import ROUTERS, Router
 from thermoe.routers.swap import build_router
 
 #: Names under which blocks hold their router.
@@ -82,6 +82,10 @@ class AttachedRouter(Routed):
             if name.startswith("_") or name == "base":  # marks that others leave on a module are its own
                 raise
             return getattr(self.base, name)
+
+    def why_not(self, router: nn.Module) -> str | None:
+        """Return why ``router`` cannot choose for this model's own, or ``None`` when it can."""
+        return router.why_not_attached(self.scoring.kind) if isinstance(router, Router) else None
 
     def selection_scores(self, logits: Tensor) -> Tensor:
         """Return float32 (T, E), the benefit u of each expert at kappa 1: what a price is weighed against."""
@@ -270,6 +274,14 @@ def _make(name: str, block: nn.Module, router: str, options: dict[str, Any]) -> 
             accepted="a router that returns (logits, weights, ids), of softmax or sigmoid scores, and experts on "
             "transformers' experts interface",
             fix="choose the blocks that can with layers=..., or leave this model as it is",
+        )
+    unfit = ROUTERS.get(router, where="router").why_not_attached(scoring.kind)
+    if unfit is not None:
+        raise RoutingError(
+            f"the router {router!r} cannot choose for {type(base).__name__}: {unfit}",
+            where=name,
+            accepted="a router that chooses by the model's own scores, such as topk, priced, top_p or oea",
+            fix="attach one of these",
         )
     settings = dict(options)
     if "gate" in settings:

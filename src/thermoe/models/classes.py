@@ -225,7 +225,7 @@ def base_model_of(model: Any) -> nn.Module:
 
 
 class _NotePadding:
-    """Tells the MoE layers, before the model runs, which tokens are real and how many sequences there are."""
+    """Tells the MoE layers, before the model runs, which tokens come, which are real, and in how many sequences."""
 
     def __init__(self, entry: nn.Module, layers: list[MoELayer]) -> None:
         self._names = list(inspect.signature(type(entry).forward).parameters)[1:]
@@ -239,21 +239,40 @@ class _NotePadding:
             mask = None
         else:
             mask = mask[:, -tokens.shape[1] :].bool()  # with a cache it covers the past too
+        read = {field for layer in self._layers for field in getattr(layer.router, "reads", ())}
+        positions = _positions(given, tokens) if "positions" in read and tokens is not None else None
         for layer in self._layers:
             layer.padding_mask = mask
             layer.call_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+            layer.token_ids = given.get("input_ids") if "token_ids" in read else None
+            layer.positions = positions
+
+
+def _positions(given: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Return (B, S) or (1, S): the positions the model was given, else those that follow what is in its cache."""
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        return positions
+    past = given.get("past_key_values")
+    seen = past.get_seq_length() if past is not None else 0
+    return (torch.arange(tokens.shape[1], device=tokens.device) + seen).unsqueeze(0)
 
 
 class MoEModelMixin:
     """What every MoE class adds to its dense class."""
 
     config: Any
+    _keep_in_fp32_modules_strict: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for position in config.moe_layers:
             place_layer(base_model_of(self), config.moe_family, position, build_layer(config, position))
         self.watch_padding()
+        # What routers keep precise stays so when the weights are loaded in half precision.
+        routers = [layer.router for layer in placed_layers(self).values() if isinstance(layer.router, Router)]
+        precise = {f"router.{name}" for router in routers for name in router.float32_buffers}
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *precise}
         self.post_init()  # type: ignore[attr-defined]
 
     def watch_padding(self) -> None:
@@ -327,8 +346,6 @@ class MoEModelMixin:
 @functools.cache
 def moe_model_class(dense: type) -> Any:
     """Return the MoE class made from the dense model class ``dense``."""
-    # Prices and costs stay precise when the weights are loaded in half precision.
-    precise = ("router.price", "router.kappa", "router.pair_cost", "router.open_cost")
     return type(
         f"MoE{dense.__name__}",
         (MoEModelMixin, dense),
@@ -336,7 +353,6 @@ def moe_model_class(dense: type) -> Any:
             "__module__": __name__,
             "__doc__": f"{dense.__name__} with MoE layers; made by `thermoe.convert_to_moe` or `from_pretrained`.",
             "config_class": moe_config_class(dense.config_class),  # type: ignore[attr-defined]
-            "_keep_in_fp32_modules_strict": (*(getattr(dense, "_keep_in_fp32_modules_strict", None) or ()), *precise),
         },
     )
 

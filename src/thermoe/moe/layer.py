@@ -30,6 +30,10 @@ class Routed(nn.Module):
     router: nn.Module
     last_routing: RoutingDecision | None
 
+    def why_not(self, router: nn.Module) -> str | None:
+        """Return why ``router`` cannot choose for this module, or ``None`` when it can."""
+        return None
+
 
 class MoELayer(Routed):
     """Router, dispatch and experts in the place of a feed-forward network.
@@ -46,6 +50,8 @@ class MoELayer(Routed):
         last_routing: the RoutingDecision of the last forward; it carries gradients in training.
         padding_mask: bool (B, S) of the next forward, true where the token is real, or ``None``; the model sets it.
         call_shape: (B, S) of the next forward for models that hand their tokens over as (T, D), or ``None``.
+        token_ids: int64 (B, S) of the next forward, or ``None``; the model sets it, for routers that go by it.
+        positions: int64 (B, S) or (1, S) of the next forward, or ``None``; likewise.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class MoELayer(Routed):
         self.last_routing: RoutingDecision | None = None
         self.padding_mask: Tensor | None = None
         self.call_shape: tuple[int, int] | None = None
+        self.token_ids: Tensor | None = None
+        self.positions: Tensor | None = None
 
     def _context(self, hidden_states: Tensor) -> RoutingContext:
         if hidden_states.ndim != 2:
@@ -86,14 +94,18 @@ class MoELayer(Routed):
                     fix="set padding_mask for this forward, or to None",
                 )
             mask = mask.reshape(-1).bool()
-        return RoutingContext(batch, length, mask)
+        noted = (_per_token(value, batch, length, hidden_states.device) for value in (self.token_ids, self.positions))
+        return RoutingContext(batch, length, mask, *noted)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (B, S, D) or (T, D) to the same shape."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         decision: RoutingDecision = self.router(x_TD, self._context(hidden_states))
         self.last_routing = decision if torch.is_grad_enabled() else decision.detach()
-        y_TD = run_experts(x_TD, decision.expert_index, decision.weights, self.experts, backend=self.backend)
+        index, weights = decision.pairs()
+        y_TD = run_experts(x_TD, index, weights, self.experts, backend=self.backend)
+        if decision.num_identity:
+            y_TD = y_TD + x_TD * decision.identity_weight()
         if self.shared is not None:
             y_TD = y_TD + self.shared.forward_all(x_TD)[0]
         if self.output_bias is not None:
@@ -102,7 +114,15 @@ class MoELayer(Routed):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last decision behind: autograd history cannot be copied or pickled."""
-        return {**super().__getstate__(), "last_routing": None, "padding_mask": None, "call_shape": None}
+        noted = ("last_routing", "padding_mask", "call_shape", "token_ids", "positions")
+        return {**super().__getstate__(), **dict.fromkeys(noted)}
+
+
+def _per_token(noted: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """Return (B, S) or (1, S) as int64 (T,); ``None`` when what was noted is not of this call."""
+    if noted is None or noted.shape[-1] != length or noted.shape[0] not in (1, batch):
+        return None
+    return noted.expand(batch, length).reshape(-1).to(device)
 
 
 class MoEBlock(nn.Module):

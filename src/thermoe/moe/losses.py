@@ -122,7 +122,7 @@ def routing_loss(decisions: Iterable[RoutingDecision], terms: Mapping[str, float
         decisions: one per layer, with autograd history.
         terms: loss name to coefficient; 0 switches a term off.
     """
-    layers = list(decisions)
+    layers = [decision.over_outputs() for decision in decisions]
     active = [(LOSSES.get(name), value) for name, value in terms.items() if value > 0]
     if not layers or not active:
         return None

@@ -1,20 +1,24 @@
 """The router contract: scores, selection and combine weights as three steps that subclasses override one by one.
 
 Scores are computed in float32. The combine weights come from the gate's probabilities on the selected experts alone;
-whatever steers the selection (a price, noise, a balancing bias) never enters them.
+whatever steers the selection (a price, a balancing bias) never enters them.
 
-Shape letters: T tokens, E experts, K slots per token, D model width.
+A router may adapt while it trains (a bias, a threshold). A forward changes nothing, because gradient checkpointing
+repeats it: the trainer calls `observe` after each micro-batch and `after_step` after each step of its optimiser.
+
+Shape letters: T tokens, E experts, O outputs (E, and the zero-compute experts of a router that has such), K slots per
+token, D model width.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thermoe.errors import RoutingError, UnknownNameError
+from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.registry import Registry
 from thermoe.routers.fast_weights import FastWeights
@@ -43,11 +47,28 @@ class Router(nn.Module):
         ramp: scalar buffer m of the gate "ramped".
         fast: what test-time training moves, or ``None``.
         active_top_k: when set, an integer of at most ``top_k`` used instead of it (random k in recovery training).
+        num_identity, num_zero: zero-compute experts behind the E experts; see `RoutingDecision`.
+
+    Class attributes:
+        adaptive: buffers that training moves by `after_step`; `set_router` hands them on.
+        float32_buffers: buffers that stay in float32 when the model is cast; the adaptive ones are among them.
+        reads: fields of `RoutingContext` that the choice goes by, beside the layout and the padding.
+        causal: whether a route depends on earlier tokens of its sequence alone. One that is not refuses to decode.
+        top_k_is_mean: whether ``top_k`` is the mean number of experts per token, and `num_slots` the most.
 
     Raises:
         RoutingError: ``top_k`` is not in 1..E.
         UnknownNameError: no such gate.
     """
+
+    adaptive: ClassVar[tuple[str, ...]] = ()
+    float32_buffers: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool] = True
+    top_k_is_mean: ClassVar[bool] = False
+
+    num_identity = 0
+    num_zero = 0
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized") -> None:
         super().__init__()
@@ -71,6 +92,25 @@ class Router(nn.Module):
         self.fast: FastWeights | None = None
         self.active_top_k: int | None = None
 
+    @property
+    def num_outputs(self) -> int:
+        """O, the columns of the logits, and the id that means "no expert"."""
+        return self.num_experts + self.num_identity + self.num_zero
+
+    @property
+    def num_slots(self) -> int:
+        """The most experts a token can have, K."""
+        return self.top_k
+
+    @classmethod
+    def why_not_attached(cls, kind: str) -> str | None:
+        """Return why this router cannot choose for a model's own router, or ``None`` when it can.
+
+        Args:
+            kind: the scores of that router, "softmax" or "sigmoid".
+        """
+        return None
+
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments beyond the sizes that rebuild this router; saved with the model."""
         return {"gate": self.gate}
@@ -88,18 +128,22 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return logits + self.fast(x_TD.float())
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return float32 (T, O) that sums to 1 per token: what the gate, losses and statistics work on."""
+        return torch.softmax(logits, dim=-1)
+
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
-        """Return int64 (T, K) expert ids, E for "no expert"."""
+        """Return int64 (T, K) expert ids, O for "no expert"."""
         raise NotImplementedError
 
     def combine_weights(self, probabilities: Tensor, expert_index: Tensor) -> Tensor:
-        """Return the combine weights (..., K) of a selection, 0 where there is no expert.
+        """Return the combine weights (..., K) of a selection, 0 where there is nothing to combine.
 
         Args:
-            probabilities: (..., E).
-            expert_index: int64 (..., K), E for "no expert".
+            probabilities: (..., O).
+            expert_index: int64 (..., K), O for "no expert".
         """
-        live = expert_index < self.num_experts
+        live = expert_index < self.num_experts + self.num_identity
         p = F.pad(probabilities, (0, 1)).gather(-1, expert_index)
         if self.gate == "renormalized":
             p = torch.where(live, p, 0)
@@ -119,13 +163,67 @@ class Router(nn.Module):
         """
         context = context or RoutingContext(1, x_TD.shape[0])
         logits = self.scores(x_TD)
-        probabilities = torch.softmax(logits, dim=-1)
+        probabilities = self.probabilities(logits)
         index = self.select(logits, probabilities, context)
         if context.padding_mask is not None:
-            index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_experts)
+            index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_outputs)
         weights = self.combine_weights(probabilities, index).to(x_TD.dtype)
-        return RoutingDecision(logits, probabilities, index, weights, context.padding_mask)
+        return RoutingDecision(
+            logits, probabilities, index, weights, context.padding_mask, self.num_identity, self.num_zero
+        )
+
+    @torch.no_grad()
+    def observe(self, decision: RoutingDecision) -> None:
+        """Take note of one training micro-batch, on the device and without waiting for it; nothing by default."""
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Adapt to what was observed since the last call, on all ranks alike; nothing by default.
+
+        Every rank of a distributed run calls it once per step of the optimiser.
+        """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Move with the model, but leave what must be precise in float32 when the model is cast to half precision."""
+        kept = {name: value for name in self.float32_buffers if (value := getattr(self, name)) is not None}
+        kept = {name: value.clone() for name, value in kept.items()}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate}"
+
+
+def choose(allowed: Tensor, ranking: Tensor, slots: int) -> Tensor:
+    """Return int64 (..., slots): the allowed experts that rank highest, then E where there are no more of them.
+
+    Args:
+        allowed: bool (..., E).
+        ranking: (..., E).
+        slots: at most E.
+    """
+    index = torch.where(allowed, ranking, torch.finfo(ranking.dtype).min).topk(slots, dim=-1).indices
+    return torch.where(allowed.gather(-1, index), index, allowed.shape[-1])
+
+
+def check_option(name: str, value: float, low: float, high: float, *, usual: float | None) -> None:
+    """Raise a ConfigError when a number is not in low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(
+            f"{name} is {value!r}",
+            where=name,
+            accepted=f"a number from {low} to {high}",
+            fix=f"leave {name} out" + ("" if usual is None else f" for {usual}"),
+        )
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up a tensor over the ranks of a distributed run, in place; alone it is left as it is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values

@@ -132,6 +132,8 @@ class PricedRouter(TopKRouter):
         RoutingError: k_min is not in 0..top_k, a cost is negative or not finite, or the price is.
     """
 
+    float32_buffers = ("price", "kappa", "pair_cost", "open_cost")
+
     price: Tensor
     kappa: Tensor
     pair_cost: Tensor
@@ -243,26 +245,10 @@ class PricedRouter(TopKRouter):
         if loaded is not None and not loaded.is_meta:
             self.couples_tokens = bool((loaded > 0).any())
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PricedRouter:
-        """Move with the model but keep price and costs in float32 when the model is cast to half precision."""
-        kept = {name: getattr(self, name).clone() for name in ("price", "kappa", "pair_cost", "open_cost")}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
-        return self
-
     def _opened_by_group(self, u_TE: Tensor, context: RoutingContext, k_min: int, k_max: int) -> Tensor:
         """Return bool (T, E): what the group of each token opened; a group is one position of every sequence."""
         batch, length = context.batch_size, context.sequence_length
-        u = u_TE.view(batch, length, self.num_experts).transpose(0, 1)
-        mask = context.padding_mask
-        real = (
-            torch.ones(length, batch, dtype=torch.bool, device=u.device)
-            if mask is None
-            else mask.view(batch, length).transpose(0, 1)
-        )
+        u, real = context.by_position(u_TE), context.by_position(context.real(u_TE))
         opened_GE = open_experts(u, real, self.price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
         return opened_GE.unsqueeze(0).expand(batch, -1, -1).reshape(batch * length, self.num_experts)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.layer import Routed, routed_modules
-from thermoe.routers import alternatives, priced, topk  # noqa: F401  (fills the registry)
+from thermoe.routers import alternatives, balanced, dynamic, null, priced, topk  # noqa: F401  (fills the registry)
 from thermoe.routers.base import ROUTERS, Router
 
 
@@ -85,8 +85,9 @@ def set_router(
     """Give MoE layers another router, in place, and return what was replaced.
 
     A router built by name takes over the slow weights, the gate's ramp, the fast weights, the number of experts per
-    token and every option that it shares with the old one, so that only the way of choosing changes. To undo, hand the
-    returned dictionary back.
+    token and every option that it shares with the old one, so that only the way of choosing changes; one of the same
+    kind takes over what it has adapted to as well (a balancing bias, thresholds), save for what an option sets anew.
+    To undo, hand the returned dictionary back.
 
     Args:
         model: any module with MoE layers.
@@ -99,7 +100,7 @@ def set_router(
 
     Raises:
         UnknownNameError: no router of that name.
-        RoutingError: the model has no MoE layer, or a router's sizes do not fit its layer.
+        RoutingError: the model has no MoE layer, or a router does not fit its layer.
     """
     if isinstance(router, Mapping):
         if layers is not None or options:
@@ -139,6 +140,14 @@ def set_router(
                 accepted=f"{old.num_experts} experts of width {old.hidden_size}",
                 fix="build the router with the sizes of the layer",
             )
+        unfit = layer.why_not(new[name])
+        if unfit is not None:
+            raise RoutingError(
+                f"the router {type(new[name]).__name__} cannot choose here: {unfit}",
+                where=name,
+                accepted="a router that can choose for the model's own, such as topk, priced, top_p or oea",
+                fix="choose another router, or convert a dense model of your own",
+            )
     replaced: dict[str, Router] = {}
     for name, layer in chosen.items():
         old = layer.router
@@ -162,7 +171,19 @@ def _successor(layer: Routed, name: str, options: Mapping[str, Any]) -> Router:
     with torch.no_grad():
         new.weight.copy_(old.weight)
         new.ramp.copy_(old.ramp)
-    new.weight.requires_grad_(old.weight.requires_grad)
+        learned = _own_state(old) if type(old) is type(new) else {}
+        for key, tensor in _own_state(new).items():
+            known_as = learned.get(key)
+            if known_as is not None and key not in settings and known_as.shape == tensor.shape:
+                tensor.copy_(known_as)
+    for parameter in new.parameters(recurse=False):
+        parameter.requires_grad_(old.weight.requires_grad)
     new.fast = old.fast
     new.active_top_k = old.active_top_k
     return new
+
+
+def _own_state(router: Router) -> dict[str, torch.Tensor]:
+    """Return what a router has learned beside the slow weights and the gate's ramp, by name."""
+    parameters = {name: value for name, value in router.named_parameters(recurse=False) if name != "weight"}
+    return {**parameters, **{name: getattr(router, name) for name in router.adaptive}}

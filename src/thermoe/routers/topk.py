@@ -4,6 +4,9 @@ GShard (arXiv 2006.16668) and Switch Transformer (arXiv 2101.03961): each token 
 expert takes at most ceil(c * T * k / E) tokens and the rest is dropped, so that the residual stream alone carries it.
 Here the capacity acts in training; in evaluation and generation routing is dropless unless `eval_capacity_factor` is
 set, because a capacity makes a token's output depend on what else is in the batch.
+
+`noisy_topk` (arXiv 1701.06538, equations 3 to 5) is the same with Gaussian noise of a learned size on the scores in
+training, which lets experts that just miss the choice be tried.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
@@ -120,3 +124,39 @@ class TopKRouter(Router):
         tokens, top_k = index.shape
         capacity = expert_capacity(tokens, top_k, self.num_experts, factor)
         return apply_capacity(index, probabilities, capacity, drop_order=self.drop_order)
+
+
+@ROUTERS.register("noisy_topk")
+class NoisyTopKRouter(TopKRouter):
+    """Top-k of z + eps * softplus(W_n x) with eps normal, in training; top-k of z in evaluation.
+
+    As in the paper the noise is part of the scores: logits, probabilities and combine weights carry it, which is how
+    W_n learns. Its balance losses are no part of the router.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: experts per token.
+        options: those of `TopKRouter`.
+
+    Attributes:
+        noise_weight: (E, D), W_n; 0 at the start, where the noise has the size softplus(0) = 0.69.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    @classmethod
+    def why_not_attached(cls, kind: str) -> str | None:
+        """Refuse: an attached router takes its scores from the model."""
+        return "its noise is part of the scores, which an attached router takes from the model's own router"
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Return float32 logits (T, E), in training with noise."""
+        logits = super().scores(x_TD)
+        if not self.training:
+            return logits
+        with torch.autocast(x_TD.device.type, enabled=False):
+            size = F.softplus(F.linear(x_TD.float(), self.noise_weight.float()))
+            return logits + torch.randn_like(logits) * size

@@ -17,6 +17,7 @@ from thermoe.models.attach import AttachedRouter, attach_router, detach_router
 from thermoe.models.native_experts import IMPLEMENTATION
 from thermoe.routers.base import ROUTERS
 from thermoe.routers.fast_weights import FastWeights
+from thermoe.routers.swap import set_router
 from thermoe.testing import tiny_gpt2
 
 IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -285,15 +286,91 @@ def test_copies_are_attached_on_their_own() -> None:
     assert torch.equal(_logits(twin), before)
 
 
+#: What cannot choose for a model's own router, by the kind of its scores, and a word of the reason.
+REFUSED = {
+    "softmax": {"hash": "token ids", "noisy_topk": "noise", "null": "no scores"},
+    "sigmoid": {"sigmoid_bias": "already", "threshold": "probabilities"},
+}
+
+
 @pytest.mark.parametrize("name", sorted(ROUTERS))
-def test_every_registered_router_attaches(name: str) -> None:
+def test_every_registered_router_attaches_or_says_why_not(name: str) -> None:
     model = tiny_native("qwen3_moe")
+    if name in REFUSED["softmax"]:
+        before = _logits(model)
+        with pytest.raises(RoutingError, match=REFUSED["softmax"][name]) as caught:
+            attach_router(model, name)
+        assert "topk" in str(caught.value.accepted) and caught.value.fix and "gate" in str(caught.value.where)
+        with attach_router(model) as attachment:  # and by exchange
+            routers = [attached.router for attached in attachment.routers.values()]
+            with pytest.raises(RoutingError, match=REFUSED["softmax"][name]):
+                set_router(model, name)
+            assert [attached.router for attached in attachment.routers.values()] == routers
+        assert torch.equal(_logits(model), before)
+        return
     state = torch.random.get_rng_state()
     with attach_router(model, name) as attachment:
         assert torch.equal(torch.random.get_rng_state(), state)
         assert torch.isfinite(_logits(model)).all()
         decision = attachment.routers[attachment.matched[0]].last_routing
         torch.testing.assert_close(decision.weights.sum(-1), torch.ones(36))
+
+
+@pytest.mark.parametrize("name", sorted({**REFUSED["softmax"], **REFUSED["sigmoid"]}))
+def test_a_model_of_sigmoid_scores_refuses_more(name: str) -> None:
+    reasons = {**REFUSED["softmax"], **REFUSED["sigmoid"]}
+    with pytest.raises(RoutingError, match=reasons[name]):
+        attach_router(tiny_native("deepseek_v3"), name)
+
+
+@EVERY_FAMILY
+def test_an_attached_top_p_takes_fewer_experts_the_lower_theta_is(family: str) -> None:
+    model, used = tiny_native(family), []
+    for theta in (1.0, 0.5, 0.0):
+        with attach_router(model, "top_p", theta=theta) as attachment:
+            logits = _logits(model)
+            assert torch.isfinite(logits).all()
+            used.append(float(attachment.routers[attachment.matched[0]].last_routing.active.sum()) / 36)
+    assert used[0] == 3 > used[1] > used[2] == 1
+
+
+@EVERY_FAMILY
+def test_an_attached_oea_keeps_prompts_and_saves_at_decode(family: str) -> None:
+    model = tiny_native(family)
+    before = _logits(model)
+    with attach_router(model, "oea", k0=1) as attachment:
+        assert torch.equal(_logits(model), before)
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        decision = attachment.routers[attachment.matched[0]].last_routing
+        assert decision.expert_index.shape == (3, 3)
+        assert decision.opened.sum() <= 3 and decision.active.any(-1).all()
+
+
+@EVERY_FAMILY
+def test_an_attached_fixed_choice_is_weighed_as_the_family_does(family: str) -> None:
+    model = tiny_native(family)
+    with attach_router(model, "fixed", experts=[5, 1]) as attachment:
+        attached = attachment.routers[attachment.matched[0]]
+        x = torch.randn(4, 32)
+        attached(x)
+        decision = attached.last_routing
+        assert torch.equal(decision.expert_index, torch.tensor([[5, 1]]).expand(4, -1))
+        for token in range(4):
+            expected = _reference_weights(family, attached.base, x[token], [5, 1])
+            torch.testing.assert_close(decision.weights[token], expected)
+        assert torch.isfinite(_logits(model)).all()
+
+
+def test_an_attached_balance_adapts_between_steps() -> None:
+    model = tiny_native("mixtral")
+    before = _logits(model)
+    with attach_router(model, "sigmoid_bias", gamma=0.5) as attachment:
+        assert torch.equal(_logits(model), before)
+        for attached in attachment.routers.values():
+            attached.router.observe(attached.last_routing)
+            attached.router.after_step()
+        assert not torch.equal(_logits(model), before)
+    assert torch.equal(_logits(model), before)
 
 
 def test_options_capacity_and_fewer_experts() -> None:

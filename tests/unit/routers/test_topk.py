@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import pytest
@@ -12,7 +13,7 @@ from thermoe.moe.decision import RoutingContext
 from thermoe.routers.alternatives import RandomRouter
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
-from thermoe.routers.topk import TopKRouter
+from thermoe.routers.topk import NoisyTopKRouter, TopKRouter
 
 D, E, K = 10, 6, 3
 
@@ -224,3 +225,33 @@ def test_random_router_is_a_function_of_the_scores_of_the_token_alone() -> None:
     order = torch.randperm(50)
     shuffled = router.select(logits[order], logits[order].softmax(-1), RoutingContext(1, 50))
     assert torch.equal(shuffled, together[order])
+
+
+def test_noise_acts_in_training_and_its_size_learns() -> None:
+    router = NoisyTopKRouter(D, E, K)
+    with torch.no_grad():
+        router.weight.normal_()
+    x = torch.randn(4000, D)
+    clean = x @ router.weight.T
+    torch.testing.assert_close(router.eval()(x).logits, clean)
+    router.train()
+    noise = (router(x).logits - clean).detach()
+    assert float(noise.std()) == pytest.approx(math.log(2), rel=0.05)  # softplus(0)
+    assert abs(float(noise.mean())) < 0.02
+    with torch.no_grad():
+        router.noise_weight.copy_(torch.full((E, D), 0.0)).index_fill_(0, torch.tensor([2]), -50.0)
+    sure = (x.sum(-1) > 1).nonzero().flatten()
+    assert float((router(x).logits - clean)[sure, 2].detach().abs().max()) < 1e-6
+    decision = router(x)
+    assert torch.equal(decision.expert_index, decision.logits.topk(K).indices)  # the noise is in the choice ...
+    torch.testing.assert_close(
+        decision.probabilities, decision.logits.softmax(-1)
+    )  # ... and in the weights, as in the paper
+    (decision.weights * torch.randn(4000, K)).sum().backward()
+    assert router.weight.grad is not None and router.weight.grad.abs().max() > 0
+    assert router.noise_weight.grad is not None and router.noise_weight.grad.abs().max() > 0
+
+
+def test_noisy_top_k_takes_a_capacity() -> None:
+    router = NoisyTopKRouter(D, E, K, capacity_factor=0.5).train()
+    assert router(torch.randn(24, D)).counts.max() <= 6
