@@ -79,7 +79,7 @@ def demo(
     from rich.console import Console
     from rich.markup import escape
 
-    from thermoe.compare.progress import Reporter
+    from thermoe.progress import Reporter
     from thermoe.compare.runner import run_comparison
     from thermoe.report import build_report, summary_table
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from thermoe.compare.analysis import summarise
 from thermoe.compare.arms import ARMS, Arm, Prepared, Scorer
-from thermoe.compare.progress import Reporter
+from thermoe.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.compare.stages import Corpus, choose_price, prepare_corpus, prepare_dense, prepare_moe
 from thermoe.data import Segment

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from thermoe import data
-from thermoe.compare.progress import Reporter
+from thermoe.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.evaluation import perplexity
 from thermoe.models.convert import convert_to_moe
