@@ -1,6 +1,6 @@
 """Distillation from the dense model during recovery training: its logits, and the output of each of its FFNs.
 
-loss = kl * KL(teacher || student) + layer_mse * mean over layers of |y - y_t|^2 / |y_t|^2 + lm * language-modelling loss
+    loss = kl * KL(teacher || student) + layer_mse * mean over layers of |y - y_t|^2 / |y_t|^2 + lm * next-token loss
 
 The squared error of a layer is divided by the teacher's mean square, so that it has no unit and one weight suits every
 layer and model: 0 is the dense layer, 1 is an output of zeros. Teacher and student each run on their own hidden states.
@@ -37,7 +37,13 @@ class Distiller:
     """
 
     def __init__(
-        self, teacher: PreTrainedModel, student: PreTrainedModel, *, kl: float = 1.0, layer_mse: float = 0.1, lm: float = 0.0
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        *,
+        kl: float = 1.0,
+        layer_mse: float = 0.1,
+        lm: float = 0.0,
     ) -> None:
         self.kl, self.layer_mse, self.lm = kl, layer_mse, lm
         self.teacher = teacher.requires_grad_(False).eval()

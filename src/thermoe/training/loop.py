@@ -1,250 +1,49 @@
-"""Training on the Hugging Face Trainer: auxiliary losses, random k, the gate's ramp, and a stop at the first bad loss.
+"""`train_language_model`: one training of a model on packed rows, from the beginning or from its last whole checkpoint.
 
-`train_language_model` serves both the dense model and recovery training after conversion. In recovery, each layer draws
-its number of experts anew at every step (a router trained at one k degrades when k moves, arXiv 2509.26520), and the
-gate "ramped" goes from its exact start (0) to the learned gate (1) over the first part of the run.
+It serves dense models, MoE models from scratch, and recovery training after conversion. In recovery, each layer draws
+its number of experts anew at every step (a router trained at one k degrades when k moves, arXiv 2509.26520), the gate
+"ramped" goes from its exact start (0) to the learned gate (1), and a dense teacher may be followed.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from thermoe.errors import ConfigError, DataError, TrainingDivergedError
-from thermoe.moe.decision import RoutingDecision
-from thermoe.moe.layer import collect_routing, routed_modules
-from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
-from thermoe.routers.base import Router
-
-#: NumPy takes seeds of 32 bits.
-MAX_SEED = 2**32 - 1
-#: Receives (step, fields of the row) every `log_every` steps.
-LogRow = Callable[[int, dict[str, Any]], None]
+from thermoe.energy_callback import EnergyCallback
+from thermoe.errors import ConfigError, DataError, MachineError, TrainingDivergedError
+from thermoe.moe.layer import routed_modules
+from thermoe.training.callbacks import RouterSteps, Schedule, Watch, Write
+from thermoe.training.distill import Distiller
+from thermoe.training.settings import SCHEDULES, TrainSettings
+from thermoe.training.trainer import MoETrainer, OwnLoss, TokenRows, Validation, routers_of, validate
 
 
-@dataclass(kw_only=True, slots=True)
-class TrainSettings:
-    """How to train.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a training came to.
 
     Args:
-        steps: optimiser steps.
-        batch_size: sequences per step.
-        lr: peak learning rate of AdamW; linear warm-up, then cosine decay.
-        warmup_steps: steps of warm-up.
-        weight_decay: on matrices.
-        max_grad_norm: gradients are scaled down to this norm.
-        balance: auxiliary losses and coefficients; no effect on a dense model.
-        random_k: draw each layer's number of experts from 1..top_k at every step.
-        ramp_frac: share of the steps over which the gate "ramped" goes to 1; 0 leaves it as it is.
-        log_every: steps between rows.
-        save_every: steps between checkpoints; 0 saves none.
-        seed: of the order of the data, of random k and of dropout.
+        steps: optimiser steps in all.
+        tokens: tokens learned from in all.
+        session_tokens: those since the start or the last resume.
+        session_s: seconds of the same, validations included.
+        validation: `ppl` and `bits_per_byte` at the end; empty without held-out text.
     """
 
-    steps: int = 400
-    batch_size: int = 16
-    lr: float = 2e-3
-    warmup_steps: int = 40
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    balance: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_BALANCE))
-    random_k: bool = False
-    ramp_frac: float = 0.0
-    log_every: int = 10
-    save_every: int = 100
-    seed: int = 0
-
-    def check(self, where: str = "training") -> None:
-        """Raise a ConfigError for a value outside its range."""
-        for name, low in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("warmup_steps", 0),
-            ("log_every", 1),
-            ("save_every", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}",
-                    where=f"{where}.{name}",
-                    accepted=f"an integer of at least {low}",
-                    fix=f"raise {where}.{name}",
-                )
-        if self.seed > MAX_SEED:
-            raise ConfigError(
-                f"seed is {self.seed}",
-                where=f"{where}.seed",
-                accepted=f"an integer from 0 to {MAX_SEED}",
-                fix=f"lower {where}.seed",
-            )
-        if self.save_every % self.log_every:
-            raise ConfigError(
-                f"save_every is {self.save_every} and log_every {self.log_every}",
-                where=f"{where}.save_every",
-                accepted="a multiple of log_every, so that the loss is looked at before a checkpoint is written",
-                fix=f"use {where}.save_every={max(1, self.save_every // self.log_every) * self.log_every}",
-            )
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(
-                f"lr is {self.lr}", where=f"{where}.lr", accepted="a finite number above 0", fix="use 1e-3"
-            )
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}",
-                    where=f"{where}.{name}",
-                    accepted="a finite number of at least 0",
-                    fix="0 switches it off",
-                )
-        if not 0 <= self.ramp_frac <= 1:
-            raise ConfigError(
-                f"ramp_frac is {self.ramp_frac}",
-                where=f"{where}.ramp_frac",
-                accepted="0 to 1",
-                fix="0 leaves the gate as it is",
-            )
-        for loss, coefficient in self.balance.items():
-            if not isinstance(loss, str) or isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
-                raise ConfigError(
-                    f"balance holds {loss!r}: {coefficient!r}",
-                    where=f"{where}.balance",
-                    accepted="names of losses, each with a number",
-                    fix="for example {switch: 0.01}",
-                )
-        check_loss_terms(self.balance, where=f"{where}.balance")
-
-
-class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Rows of packed tokens as the Trainer wants them."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-class MoETrainer(Trainer):
-    """The Hugging Face Trainer with routing losses added to the model's own.
-
-    Args:
-        balance: auxiliary losses and coefficients.
-        args, kwargs: those of `transformers.Trainer`.
-    """
-
-    def __init__(self, *args: Any, balance: Mapping[str, float] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.balance = check_loss_terms(DEFAULT_BALANCE if balance is None else balance)
-        self.last_routing_loss: Tensor | None = None
-        # GPT-2's configuration names no loss; the Trainer would count the first token of a row as predicted too.
-        self._loss_shifts_labels = True
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the language-modelling loss plus the routing losses of this forward."""
-        wants_outputs = kwargs.get("return_outputs", args[0] if args else False)
-        kwargs["return_outputs"] = True
-        loss, outputs = super().compute_loss(model, inputs, *args[1:], **kwargs)
-        auxiliary = routing_loss(collect_routing(model).values(), self.balance) if model.training else None
-        if auxiliary is not None:
-            self.last_routing_loss = auxiliary.detach()
-            # A loss averaged over all micro-batches of a step is not divided by their number any more.
-            averaged = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            averaged = averaged or self.compute_loss_func is not None
-            loss = loss + (auxiliary / self.current_gradient_accumulation_steps if averaged else auxiliary)
-        return (loss, outputs) if wants_outputs else loss
-
-
-def _routers(model: nn.Module) -> list[Router]:
-    return [module.router for _, module in routed_modules(model) if isinstance(module.router, Router)]
-
-
-class _Schedule(TrainerCallback):
-    """Sets random k and the gate's ramp from the step number alone, so that a resumed run repeats."""
-
-    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
-        self.routers = _routers(model)
-        self.settings = settings
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        step, settings = state.global_step, self.settings
-        if settings.random_k:
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            for router in self.routers:
-                # Shards of a copy come together, so k moves by whole copies.
-                size = getattr(router, "group_size", 1)
-                router.active_top_k = size * int(torch.randint(1, router.top_k // size + 1, (), generator=generator))
-        if settings.ramp_frac > 0:
-            for router in self.routers:
-                router.ramp.fill_(min(1.0, step / (settings.ramp_frac * settings.steps)))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.settings.ramp_frac > 0:
-            for router in self.routers:
-                router.ramp.fill_(1.0)
-
-
-class _Watch(TrainerCallback):
-    """Writes rows, and stops at a loss that is not finite, before a checkpoint could be written with it."""
-
-    def __init__(
-        self, model: nn.Module, tokens_per_step: int, log: LogRow | None, on_step: Callable[[int], None] | None
-    ):
-        self.model, self.tokens_per_step, self.log, self.on_step = model, tokens_per_step, log, on_step
-        self.diverged_at: int | None = None
-        self.trainer: MoETrainer | None = None
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save or control.should_training_stop:
-            control.should_log = True  # no checkpoint and no end without a look at the loss
-        if self.on_step is not None:
-            self.on_step(state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        if "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        # A gradient can be bad one step before the loss is, and a step can overflow with both of them finite.
-        good = math.isfinite(loss) and math.isfinite(float(logs.get("grad_norm", 0.0)))
-        if good and (control.should_save or control.should_training_stop):
-            good = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-        if not good:
-            self.diverged_at = state.global_step
-            control.should_training_stop = True
-            control.should_save = False
-            return
-        if self.log is None:
-            return
-        fields: dict[str, Any] = {"tokens": state.global_step * self.tokens_per_step, "loss": loss}
-        if "learning_rate" in logs:
-            fields["lr"] = float(logs["learning_rate"])
-        routing = collect_routing(self.model)
-        if routing and self.trainer is not None and self.trainer.last_routing_loss is not None:
-            fields["balance_loss"] = float(self.trainer.last_routing_loss)
-            fields["max_vio"] = max(_max_vio(decision) for decision in routing.values())
-        self.log(state.global_step, fields)
-
-
-def _max_vio(decision: RoutingDecision) -> float:
-    counts = decision.counts
-    return float(counts.max() / counts.mean().clamp(min=1e-12) - 1)
+    steps: int
+    tokens: int
+    session_tokens: int
+    session_s: float
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 def check_batch(rows: Tensor, settings: TrainSettings, where: str = "training") -> None:
@@ -259,6 +58,18 @@ def check_batch(rows: Tensor, settings: TrainSettings, where: str = "training") 
         )
 
 
+def check_precision(settings: TrainSettings, device: torch.device, where: str = "training") -> None:
+    """Raise a MachineError when the device cannot compute in bfloat16 and ``bf16`` is on."""
+    able = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    if settings.bf16 and not able:
+        raise MachineError(
+            f"the device {device} does not compute in bfloat16",
+            where=f"{where}.bf16",
+            accepted="an NVIDIA GPU of compute capability 8.0 or newer, or the CPU",
+            fix=f"use {where}.bf16=false",
+        )
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint in ``folder``; one cut short while it was written is passed over.
 
@@ -266,8 +77,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     if not folder.is_dir():
         return None
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(whole, key=checkpoint_step, default=None)
+    return max((path for path in folder.glob("checkpoint-*") if _is_whole(path)), key=checkpoint_step, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:
@@ -281,73 +99,87 @@ def train_language_model(
     settings: TrainSettings,
     *,
     checkpoint_dir: Path,
-    log: LogRow | None = None,
+    write: Write | None = None,
     on_step: Callable[[int], None] | None = None,
     resume: bool = False,
-) -> None:
+    validation: Validation | None = None,
+    distiller: Distiller | None = None,
+    own_losses: Mapping[str, OwnLoss] | None = None,
+    energy: EnergyCallback | None = None,
+    report_to: str | list[str] = "none",
+    keep_checkpoint: bool = False,
+) -> Outcome:
     """Train ``model`` in place on packed token rows.
 
     Args:
         model: a causal language model, dense or with MoE layers.
-        rows: int64 (N, S).
+        rows: integers (N, S).
         settings: how to train.
         checkpoint_dir: where the Trainer keeps its checkpoints; left in place when training diverges or is interrupted,
-            removed when it is done.
-        log: receives a row every `log_every` steps.
+            removed when it is done unless ``keep_checkpoint``.
+        write: receives rows of the kinds `train`, `load` (one per MoE layer), `eval` and `energy`.
         on_step: called after every step with its number, for a progress bar.
-        resume: go on from the last checkpoint in ``checkpoint_dir``, if there is one.
+        resume: go on from the last whole checkpoint in ``checkpoint_dir``, if there is one.
+        validation: held-out text, read at the beginning, every `eval_every` steps and at the end.
+        distiller: follow a dense teacher.
+        own_losses: losses that foreign blocks bring along.
+        energy: puts joules into logs and rows.
+        report_to: names of reporters as transformers knows them.
+        keep_checkpoint: leave the last checkpoint for the caller to remove.
 
     Raises:
         ConfigError: a setting is outside its range.
         DataError: there are fewer rows than one batch.
+        MachineError: bfloat16 was asked for and the device has none.
         TrainingDivergedError: a loss, gradient or weight was not finite; the message names the last good checkpoint.
     """
     settings.check()
     check_batch(rows, settings)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoint_dir),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or settings.steps,
-        save_total_limit=1,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_drop_last=True,
-        remove_unused_columns=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # replicas of DataParallel would keep the routing decisions to themselves
-    watch = _Watch(model, settings.batch_size * rows.shape[1], log, on_step)
+    settings = settings.for_rows(rows.shape[0])
+    device = next(model.parameters()).device
+    check_precision(settings, device)
+    last = last_checkpoint(checkpoint_dir) if resume else None
+    fresh = last is None
+    if settings.eval_every and validation is None:
+        raise ConfigError(
+            f"eval_every is {settings.eval_every} and there is no held-out text",
+            where="training.eval_every",
+            accepted="0, or a training with held-out text",
+            fix="use 0",
+        )
+    _freeze(model, settings)
+    if settings.gradient_checkpointing:
+        # The reentrant kind runs the forward without autograd, and the routing losses would not reach the routers.
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    watch = Watch(model, settings, write, on_step)
     trainer = MoETrainer(
         model=model,
-        args=arguments,
-        train_dataset=_Rows(rows),
+        args=_arguments(settings, checkpoint_dir, device, report_to, eval_on_start=fresh and validation is not None),
+        train_dataset=TokenRows(rows),
         balance=settings.balance,
-        callbacks=[_Schedule(model, settings), watch],
+        distiller=distiller,
+        own_losses=own_losses,
+        validation=validation,
+        callbacks=[*([] if energy is None else [energy]), Schedule(model, settings), RouterSteps(model), watch],
     )
     trainer.remove_callback(_printer_callback())
     watch.trainer = trainer
     model.train()
-    last = last_checkpoint(checkpoint_dir) if resume else None
+    started = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is not None and checkpoint_step(last) >= settings.steps:  # the Trainer would take one step more
+            trainer.take_up(last)
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         for _, layer in routed_modules(model):
             layer.last_routing = None  # let go of the last step's autograd history
-        for router in _routers(model):
+        for router in routers_of(model).values():
             router.active_top_k = None
+        if settings.bf16:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
         model.eval()
     if watch.diverged_at is not None:
         kept = last_checkpoint(checkpoint_dir)
@@ -358,7 +190,82 @@ def train_language_model(
             fix=f"lower the learning rate (it is {settings.lr}) and start again; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"),
         )
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    if not keep_checkpoint:
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    tokens = trainer.state.num_input_tokens_seen
+    return Outcome(
+        steps=trainer.state.global_step,
+        tokens=tokens,
+        session_tokens=tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", 0)),
+        session_s=time.monotonic() - started,
+        validation=watch.last_validation or _validated(model, validation),
+    )
+
+
+def _arguments(
+    settings: TrainSettings, folder: Path, device: torch.device, report_to: str | list[str], *, eval_on_start: bool
+) -> TrainingArguments:
+    on_gpu = device.type == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused" if device.type in ("cuda", "cpu") else "adamw_torch",
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        torch_compile=settings.torch_compile,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        eval_on_start=eval_on_start,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or settings.steps,
+        save_total_limit=1,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=report_to,
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_num_workers=settings.dataloader_num_workers,
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # replicas of DataParallel would keep the routing decisions to themselves
+    return arguments
+
+
+def _validated(model: nn.Module, validation: Validation | None) -> dict[str, float]:
+    """Return what the last row of a validation said, where this session trained no step."""
+    if validation is None:
+        return {}
+    found = validate(model, validation)
+    return {name: found[name] for name in ("ppl", "bits_per_byte")}
+
+
+def _freeze(model: nn.Module, settings: TrainSettings) -> None:
+    """Freeze everything but the routers where only they are to learn."""
+    if settings.trainable == "all":
+        return
+    routers = routers_of(model)
+    if not routers:
+        raise ConfigError(
+            f"{type(model).__name__} has no router to train",
+            where="training.trainable",
+            accepted="'all' for a dense model",
+            fix="use training.trainable=all",
+        )
+    model.requires_grad_(False)
+    for router in routers.values():
+        router.requires_grad_(True)
 
 
 def _printer_callback() -> type[TrainerCallback]:

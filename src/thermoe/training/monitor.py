@@ -1,4 +1,4 @@
-"""What is logged of the routing between two log steps: collapse and diversity per layer, without waiting for the device.
+"""What is logged of the routing at a log step: collapse and diversity per layer, without waiting for the device before.
 
 `make_monitor` is the one place where a training gets its monitor; whatever has `update`, `flush`, `state_dict` and
 `load_state_dict` may take the place of `RoutingMonitor`.

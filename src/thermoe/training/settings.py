@@ -112,7 +112,7 @@ class TrainSettings:
     def _check_multiples(self, where: str) -> None:
         if self.batch_size % self.gradient_accumulation_steps:
             raise ConfigError(
-                f"a batch of {self.batch_size} sequences cannot be divided into {self.gradient_accumulation_steps} parts",
+                f"{self.batch_size} sequences cannot be divided into {self.gradient_accumulation_steps} equal parts",
                 where=f"{where}.gradient_accumulation_steps",
                 accepted="a divisor of batch_size",
                 fix=f"change {where}.batch_size or {where}.gradient_accumulation_steps",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from thermoe.errors import CheckpointError
 from thermoe.evaluation import sequence_nll
@@ -115,8 +115,8 @@ def validate(model: nn.Module, held_out: Validation, on_batch: Callable[[], Any]
 class MoETrainer(Trainer):
     """The Hugging Face Trainer with what a model with experts needs.
 
-    At log steps these join the logs: `lm_loss`; `balance_loss`, the weighted sum of the routing losses, and each of them
-    unweighted as `aux_NAME`; `distill_kl` and `distill_layer_mse`; `max_vio`, `effective_experts`,
+    At log steps these join the logs: `lm_loss`; `balance_loss`, the weighted sum of the routing losses, and each of
+    them unweighted as `aux_NAME`; `distill_kl` and `distill_layer_mse`; `max_vio`, `effective_experts`,
     `effective_experts_min`, `dead_experts`, `experts_per_token`, `drop_rate`. All are means over the steps since the
     last log, statistics over their tokens.
 
@@ -251,14 +251,14 @@ class MoETrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
         def seen() -> None:
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         found = validate(self.model, self.validation, seen)
         for _, module in routed_modules(self.model):
             module.last_routing = None
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -277,6 +277,12 @@ class MoETrainer(Trainer):
             buffers = {name: _unsaved_buffers(router) for name, router in routers_of(self.model).items()}
             state = {"monitor": self.monitor.state_dict(), "buffers": buffers}
             torch.save(state, Path(output_dir) / ROUTING_STATE)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Load the state of a training that is at its end, without a step."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
