@@ -28,7 +28,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Show a bar while the stage runs; yields a function that takes the number of steps done, and perhaps a note."""
+        """Show a bar while the stage runs; yields a function that takes the number of steps done and perhaps a note."""
         started = time.monotonic()
         columns = (
             SpinnerColumn(),

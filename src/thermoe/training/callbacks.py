@@ -129,7 +129,7 @@ class Watch(TrainerCallback):
         # A gradient can be bad one step before the loss is, and a step can overflow with both of them finite.
         good = math.isfinite(float(logs["loss"])) and math.isfinite(float(logs.get("grad_norm", 0.0)))
         if good and (control.should_save or control.should_training_stop):
-            good = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+            good = bool(torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all())
         if not good:
             self.diverged_at = state.global_step
             control.should_training_stop = True

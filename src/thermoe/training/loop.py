@@ -150,7 +150,7 @@ def train_language_model(
     _freeze(model, settings)
     if settings.gradient_checkpointing:
         # The reentrant kind runs the forward without autograd, and the routing losses would not reach the routers.
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        _checkpointing(model, "enable")({"use_reentrant": False})
     watch = Watch(model, settings, write, on_step)
     trainer = MoETrainer(
         model=model,
@@ -179,7 +179,7 @@ def train_language_model(
         if settings.bf16:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            _checkpointing(model, "disable")()
         model.eval()
     if watch.diverged_at is not None:
         kept = last_checkpoint(checkpoint_dir)
@@ -266,6 +266,14 @@ def _freeze(model: nn.Module, settings: TrainSettings) -> None:
     model.requires_grad_(False)
     for router in routers.values():
         router.requires_grad_(True)
+
+
+def _checkpointing(model: nn.Module, what: str) -> Callable[..., Any]:
+    """Return the model's method that switches recomputing; newer versions of transformers have another name for it."""
+    method: Callable[..., Any] = getattr(model, f"activation_checkpointing_{what}", None) or getattr(
+        model, f"gradient_checkpointing_{what}"
+    )
+    return method
 
 
 def _printer_callback() -> type[TrainerCallback]:

@@ -95,7 +95,7 @@ def prepare_model(spec: TrainSpec, text: TrainingText, device: torch.device) -> 
         teacher = dense
     elif spec.distill.teacher is not None:
         teacher = load_model(spec.distill.teacher, where="distill.teacher")
-    return Prepared(model.to(device), None if teacher is None else teacher.to(device))  # type: ignore[arg-type]
+    return Prepared(model.to(device), None if teacher is None else teacher.to(device))
 
 
 def _converted(loaded: PreTrainedModel, spec: TrainSpec) -> PreTrainedModel:

@@ -12,7 +12,8 @@ from typing import Any
 from thermoe.config import apply_overrides, apply_tree, read_yaml, read_yaml_file, within
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.models.convert import METHODS
-from thermoe.routers.swap import ROUTERS
+from thermoe.routers import swap  # noqa: F401  (fills the registry)
+from thermoe.routers.base import ROUTERS
 from thermoe.training.settings import MAX_SEED, TrainSettings
 
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from thermoe.results import RunFolder
@@ -32,8 +33,8 @@ def print_summary(console: Console, run: RunFolder) -> None:
         ("energy", _energy(row)),
     ):
         if value is not None:
-            table.add_row(title, value)
-    console.print(table, markup=False, highlight=False)
+            table.add_row(title, escape(value))
+    console.print(table, highlight=False)
 
 
 def _number(value: Any, form: str) -> str | None:
