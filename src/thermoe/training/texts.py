@@ -136,7 +136,7 @@ def cached_ids(tokenizer: PreTrainedTokenizerFast, text: Text) -> np.ndarray[Any
     words = tokenizer.backend_tokenizer.to_str()
     digest = hashlib.sha256(f"1\0{sha256(words)}\0{sha256(text.content)}".encode()).hexdigest()
     path = cache_folder() / f"{digest}.npy"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, EOFError):
         kept = np.load(path, allow_pickle=False)
         if kept.ndim == 1 and kept.dtype.kind == "u" and (not kept.size or int(kept.max()) < len(tokenizer)):
             return kept

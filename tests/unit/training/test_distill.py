@@ -50,9 +50,8 @@ def test_the_terms_are_their_definitions() -> None:
         p, q = dense(ROWS).logits.softmax(-1), student(ROWS).logits.softmax(-1)
     kl = (p * (p / q).log()).sum(-1).mean()
     assert float(terms["distill_kl"].detach()) == pytest.approx(float(kl.detach()), rel=1e-4)
-    errors = [
-        F.mse_loss(y, t) / t.square().mean() for y, t in zip(outputs["student"][:2], outputs["dense"][:2], strict=True)
-    ]
+    both = zip(outputs["student"][:2], outputs["dense"][:2], strict=True)
+    errors = [F.mse_loss(y, t) / t.square().mean() for y, t in both]
     assert float(terms["distill_layer_mse"].detach()) == pytest.approx(float(sum(errors).detach() / 2), rel=1e-4)
 
 

@@ -36,7 +36,7 @@ def test_losses_add_up_and_each_term_is_logged_unweighted(tmp_path: Path) -> Non
     (row,) = of(rows, "train")
     assert row["loss"] == pytest.approx(row["lm_loss"] + row["balance_loss"], rel=1e-6)
     assert row["balance_loss"] == pytest.approx(0.3 * row["aux_switch"] + 0.05 * row["aux_z_loss"], rel=1e-5)
-    language = float(twin(input_ids=ROWS[:4], labels=ROWS[:4]).loss)
+    language = float(twin(input_ids=ROWS[:4], labels=ROWS[:4]).loss.detach())
     assert row["lm_loss"] == pytest.approx(language, rel=1e-5)
     z_loss = routing_loss(collect_routing(twin).values(), {"z_loss": 1.0})
     assert z_loss is not None
