@@ -185,10 +185,10 @@ def test_a_dense_model_is_converted_and_recovered(text: Path, tmp_path: Path) ->
     done = train(text, tmp_path / "moe", *overrides, preset=preset)
     assert done.code == 0, done.err
     run = RunFolder.open(tmp_path / "moe")
-    assert all(row["distill_kl"] > 0 and row["distill_layer_mse"] > 0 for row in run.rows("train"))
-    evaluations = list(run.rows("eval"))
-    assert [row["step"] for row in evaluations] == [0, 4, 8]
-    assert evaluations[-1]["ppl"] < evaluations[0]["ppl"]
+    errors = [row["distill_layer_mse"] for row in run.rows("train")]
+    assert errors[0] > errors[-1] > 0
+    assert all(row["distill_kl"] > 0 for row in run.rows("train"))
+    assert [row["step"] for row in run.rows("eval")] == [0, 4, 8]
     assert run.manifest["data"]["tokenizer"]["origin"] == str(dense / "model")
     model = AutoModelForCausalLM.from_pretrained(run.path / "model")
     assert [float(layer.router.ramp) for _, layer in moe_layers(model)] == [1.0, 1.0]

@@ -10,7 +10,8 @@ import datetime
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -194,11 +195,10 @@ def _train(
     if prepared.teacher is not None:
         weights = {name: getattr(spec.distill, name) for name in ("kl", "layer_mse", "lm")}
         distiller = Distiller(prepared.teacher, prepared.model, **weights)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     title = f"train for {settings.steps} steps of {settings.batch_size * spec.model.sequence_length:,} tokens"
     started, note = time.monotonic(), ""
 
-    with report.stage(title, settings.steps) as done:
+    with report.stage(title, settings.steps) as done, _tensorboard_folder(run.path / "tensorboard"):
 
         def write(kind: str, step: int, fields: dict[str, Any]) -> None:
             nonlocal note
@@ -228,6 +228,20 @@ def _train(
         finally:
             if distiller is not None:
                 distiller.close()
+
+
+@contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Let TensorBoard write into the run folder; the Trainer's own default lies among the checkpoints, which go."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _save_model(run: RunFolder, prepared: Prepared, text: TrainingText) -> None:
