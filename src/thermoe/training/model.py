@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from thermoe.models.frame import build_frame
 from thermoe.routers.swap import set_router
 from thermoe.training.spec import DENSE, TrainSpec
 from thermoe.training.texts import TrainingText
+from thermoe.training.trainer import OwnLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,17 @@ def new_model(spec: TrainSpec, vocab_size: int) -> PreTrainedModel:
         router_options=spec.router.options,
         seed=spec.seed,
     )
+
+
+def own_losses(spec: TrainSpec) -> dict[str, OwnLoss]:
+    """Return the losses that a foreign block brings along: Mixtral's own balance loss, logged as `aux_native`.
+
+    It sums over the k slots, so that the coefficient a of `switch` is a / k of it.
+    """
+    if spec.model.from_pretrained is not None or spec.model.block != "mixtral":
+        return {}
+    compute = import_module("thermoe.models.frame").native_aux_loss
+    return {"aux_native": (spec.training.balance.get("switch", 0.0) / spec.model.top_k, compute)}
 
 
 def prepare_model(spec: TrainSpec, text: TrainingText, device: torch.device) -> Prepared:

@@ -36,7 +36,7 @@ from thermoe.training.loop import (
     last_checkpoint,
     train_language_model,
 )
-from thermoe.training.model import Prepared, prepare_model
+from thermoe.training.model import Prepared, own_losses, prepare_model
 from thermoe.training.spec import REPORTERS, TrainSpec
 from thermoe.training.texts import TrainingText, prepare_text
 from thermoe.training.trainer import Validation
@@ -221,6 +221,7 @@ def _train(
                 resume=True,
                 validation=Validation(text.heldout, text.bytes_per_token, settings.micro_batch_size),
                 distiller=distiller,
+                own_losses=own_losses(spec),
                 energy=energy,
                 report_to=reporters,
                 keep_checkpoint=True,

@@ -214,6 +214,14 @@ class TrainSpec:
                     accepted="at least one file, or null",
                     fix=f"name a file: --set data.{name}=[FILE.txt]",
                 )
+        others = [name for name, value in self.training.balance.items() if value > 0 and name != "switch"]
+        if model.block == "mixtral" and model.from_pretrained is None and others:
+            raise ConfigError(
+                f"the loss {others[0]!r} has no form for the block of transformers",
+                where="training.balance",
+                accepted="switch alone; it is computed by Mixtral's own loss",
+                fix="use --set 'training.balance={switch: 0.01}'",
+            )
         if model.convert.method is not None and model.convert.method not in METHODS:
             raise UnknownNameError.of("conversion method", model.convert.method, METHODS, where="model.convert.method")
         if model.convert.method is not None and model.from_pretrained is None:

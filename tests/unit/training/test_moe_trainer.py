@@ -183,7 +183,7 @@ def test_a_loss_that_a_foreign_block_brings_along_is_added_and_logged(tmp_path: 
     own = {"aux_native": (0.5, lambda module: module.transformer.wte.weight.square().mean())}
     _, rows = train(model, tmp_path, ROWS[:4], steps=1, log_every=1, own_losses=own, gradient_accumulation_steps=2)
     (row,) = of(rows, "train")
-    expected = float(tiny_gpt2().transformer.wte.weight.square().mean())
+    expected = float(tiny_gpt2().transformer.wte.weight.detach().square().mean())
     assert row["aux_native"] == pytest.approx(expected, rel=1e-6)
     assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * expected, rel=1e-6)
 

@@ -85,6 +85,7 @@ def test_an_unknown_key_shows_the_near_match(override: str, near: str | None) ->
         ("tokenizer.vocab_size=256", "tokenizer.vocab_size"),
         ("model.frame=gpt3", "model.frame"),
         ("model.block=moa", "model.block"),
+        ("model.block=mixtral", "training.balance"),
         ("model.heads=3", "model.heads"),
         ("model.top_k=5", "model.top_k"),
         ("model.sequence_length=1", "model.sequence_length"),
