@@ -79,8 +79,8 @@ def demo(
     from rich.console import Console
     from rich.markup import escape
 
-    from thermoe.compare.progress import Reporter
     from thermoe.compare.runner import run_comparison
+    from thermoe.progress import Reporter
     from thermoe.report import build_report, summary_table
 
     console = Console()
@@ -102,6 +102,70 @@ def demo(
         console.print(f"{mark} {escape(row['text'])}", highlight=False)
     _print_path(console, "\nreport:", report)
     _print_path(console, "rows:  ", run.path / "rows.jsonl")
+
+
+@app.command()
+def train(
+    preset: Annotated[
+        str | None, typer.Option(help="cpu-small (minutes, the default), smoke, recovery or gpu-convergence.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file in the place of a preset.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/train"),
+    resume: Annotated[str, typer.Option(help="auto goes on with an interrupted run in the folder; never.")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text, instead of steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb, trackio or all installed.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    telemetry: Annotated[str | None, typer.Option(help="Telemetry source: auto, off, or a name.")] = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print every setting and stop.")] = False,
+) -> None:
+    """Train a model with experts, or a dense one, on local text; convert one and recover it.
+
+    Logs losses, perplexity, bits per byte, collapse and joules to rows.jsonl and, with --report-to, to a dashboard. An
+    interrupted run goes on from its last checkpoint and ends with the same weights.
+    """
+    import yaml
+
+    from thermoe.errors import UnknownNameError
+    from thermoe.training.spec import load_spec
+
+    if resume not in ("auto", "never"):
+        raise UnknownNameError.of("way to resume", resume, ("auto", "never"), where="--resume")
+    given = {
+        "training.steps": steps,
+        "training.epochs": epochs,
+        "seed": seed,
+        "report_to": report_to,
+        "device": device,
+        "telemetry": telemetry,
+    }
+    overrides = [*(set_ or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    if steps is not None and epochs is None:
+        overrides.append("training.epochs=null")
+    spec = load_spec(preset, config, overrides)
+    if show_config:
+        typer.echo(yaml.safe_dump(spec.as_dict(), sort_keys=False).rstrip())
+        return
+    _quiet_libraries()
+    from rich.console import Console
+
+    from thermoe.progress import Reporter
+    from thermoe.training.run import run_training
+    from thermoe.training.summary import print_summary
+
+    console = Console()
+    try:
+        run = run_training(spec, out, resume=resume, reporter=Reporter(console))  # type: ignore[arg-type]
+    except KeyboardInterrupt:  # typer ends the program with exit code 130
+        typer.echo("interrupted; give the same command again, with --resume auto, to go on", err=True)
+        raise
+    print_summary(console, run)
+    _print_path(console, "model:", run.path / "model")
+    _print_path(console, "rows: ", run.path / "rows.jsonl")
 
 
 @app.command()
@@ -254,11 +318,14 @@ _KINDS = {
     "arms": ("thermoe.compare.arms", "ARMS"),
     "families": ("thermoe.models.families", "FAMILIES"),
     "presets": ("thermoe.compare.spec", "preset_names"),
+    "training-presets": ("thermoe.training.spec", "preset_names"),
 }
 
 
 @app.command(name="list")
-def list_(kind: Annotated[str, typer.Argument(help="routers, losses, sources, arms, families or presets.")]) -> None:
+def list_(
+    kind: Annotated[str, typer.Argument(help="routers, losses, sources, arms, families, presets or training-presets.")],
+) -> None:
     """List what a name may be."""
     from importlib import import_module
 

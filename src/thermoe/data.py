@@ -77,7 +77,7 @@ def standard_library_code(max_bytes: int, *, part: int = 0, parts: int = 1) -> T
 
 
 def read_text(path: str | Path, *, where: str = "text file") -> Text:
-    """Read a local UTF-8 text file.
+    """Read a local UTF-8 text file; one whose name ends in .xz is unpacked.
 
     Raises:
         DataError: the file is missing, not UTF-8, or empty.
@@ -85,7 +85,11 @@ def read_text(path: str | Path, *, where: str = "text file") -> Text:
     file = Path(path)
     fix = "check the path and that the file is plain UTF-8 text"
     try:
-        content = file.read_text(encoding="utf-8")
+        packed = file.read_bytes()
+        content = (lzma.decompress(packed) if file.suffix == ".xz" else packed).decode("utf-8")
+        content = content.replace("\r\n", "\n").replace("\r", "\n")
+    except lzma.LZMAError as error:
+        raise DataError(f"{file} cannot be unpacked: {error}", where=where, accepted="an .xz file", fix=fix) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 ({error.reason})"
         raise DataError(

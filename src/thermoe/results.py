@@ -148,6 +148,42 @@ class RunFolder:
         merged = {"schema_version": SCHEMA_VERSION, **self.manifest, **entries}
         write_json(self.path / "manifest.json", merged)
 
+    def holds_run_of(self, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> bool:
+        """Return whether an earlier run of the same configuration is in the folder; false when there is none.
+
+        Args:
+            config: as it goes into the manifest.
+            ignore: top-level keys that may differ.
+
+        Raises:
+            RunFolderError: the folder holds a run of another configuration, or something else.
+        """
+        manifest = self.manifest
+        if not manifest:
+            strangers = sorted(path.name for path in self.path.iterdir() if path.name != "manifest.json.partial")
+            if strangers:
+                raise RunFolderError(
+                    f"{self.path} holds {strangers[0]!r} and no run to take up",
+                    where="--out",
+                    accepted="the folder of an interrupted run, or a new or empty folder",
+                    fix="check the path, or name another folder with --out",
+                )
+            return False
+        before = manifest.get("config") if isinstance(manifest, dict) else None
+        changed = [
+            key
+            for key in config
+            if key not in ignore and (not isinstance(before, dict) or before.get(key) != config[key])
+        ]
+        if not changed:
+            return True
+        raise RunFolderError(
+            f"{self.path} holds a run of another configuration (it differs in {', '.join(changed)})",
+            where=str(self.path / "manifest.json"),
+            accepted="the configuration the run was started with",
+            fix="use the same options to resume, or name another folder with --out",
+        )
+
     def append(self, kind: str, **fields: Any) -> None:
         """Append one row and flush it to the disk, so that a crash loses at most the row being written."""
         line = json.dumps(_plain({"kind": kind, **fields}), allow_nan=False) + "\n"

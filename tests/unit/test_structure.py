@@ -24,6 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
     "results": {"errors"},
+    "config": {"errors"},
+    "progress": set(),
     "runtime": {"errors"},
     "telemetry": _BASE,
     "moe": _BASE,
@@ -32,14 +34,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": _BASE | {"moe", "routers"},
     "data": _BASE,
     "evaluation": _BASE | {"moe", "routers", "models", "energy", "data"},
-    "training": _BASE | {"moe", "routers", "models", "data"},
+    "training": _BASE
+    | {"config", "progress", "moe", "routers", "models", "data", "evaluation"}
+    | {"telemetry", "energy", "energy_callback"},
     "distributed": _BASE | {"moe", "routers", "models", "telemetry"},
     "energy_callback": _BASE | {"telemetry"},
     "doctor": _BASE | {"telemetry"},
     "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "evaluation"},
     "compare": _BASE
     | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"}
-    | {"energy_callback"},
+    | {"energy_callback", "config", "progress"},
     "report": {"results", "errors"},
     "testing": _BASE | {"moe", "routers", "models", "telemetry", "energy", "data"},
     "__main__": {"cli"},

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from thermoe.compare.analysis import summarise
 from thermoe.compare.arms import ARMS, Arm, Prepared, Scorer
-from thermoe.compare.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.compare.stages import Corpus, choose_price, prepare_corpus, prepare_dense, prepare_moe
 from thermoe.data import Segment
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.profile import ProfileKey, load_cost_model
 from thermoe.energy.work import ModelWork
-from thermoe.errors import ConfigError, RunFolderError, TelemetryError, ThermoeError, UnknownNameError
+from thermoe.errors import ThermoeError
 from thermoe.evaluation import Chooser, routing_accuracy
 from thermoe.moe.layer import moe_layers
 from thermoe.moe.stats import StatsAccumulator
+from thermoe.progress import Reporter
 from thermoe.results import RunFolder
 from thermoe.runtime import choose_device, environment_fingerprint
 from thermoe.telemetry.meter import EnergyMeter
-from thermoe.telemetry.source import SOURCES, open_source
+from thermoe.telemetry.source import check_by_name
 
 
 def run_comparison(
@@ -54,10 +54,10 @@ def run_comparison(
     for name in spec.arms:
         ARMS.get(name, where="arms")
     device = choose_device(spec.device)
-    _check_telemetry(spec.telemetry)
+    check_by_name(spec.telemetry)
     new_folder = not Path(out).exists()
     run = RunFolder.create(out, resume=resume)
-    before = _check_same_run(run, spec)
+    before = run.holds_run_of(spec.as_dict())
     if device.name == "cpu":
         torch.set_num_threads(max(1, min(torch.get_num_threads(), 16)))
     arms = {name: ARMS.get(name) for name in spec.arms}
@@ -113,23 +113,6 @@ def run_comparison(
     return run
 
 
-def _check_telemetry(name: str) -> None:
-    """Raise when there is no such source, or it cannot be opened by its name alone."""
-    if name in ("auto", "off"):
-        return
-    if name not in SOURCES:
-        raise UnknownNameError.of("telemetry source", name, ("auto", "off", *SOURCES), where="telemetry")
-    try:
-        open_source(name).close()
-    except TelemetryError as error:
-        raise ConfigError(
-            f"the telemetry source {name!r} needs more than its name: {error.what}",
-            where="telemetry",
-            accepted="auto, off, or a source that opens by its name",
-            fix="use --telemetry auto",
-        ) from error
-
-
 def _cost_model(moe: nn.Module, meter: EnergyMeter, device: str, run: RunFolder, report: Reporter) -> CostModel:
     """Return the cost model fitted on this machine for these layers, or the prior, and say which."""
     experts = next(layer.experts for _, layer in moe_layers(moe))
@@ -148,32 +131,6 @@ def _cost_model(moe: nn.Module, meter: EnergyMeter, device: str, run: RunFolder,
     report.say(f"cost model: {why}")
     run.write_manifest(cost_model={**cost.describe(), "why": why})
     return cost
-
-
-def _check_same_run(run: RunFolder, spec: CompareSpec) -> bool:
-    """Return whether the folder holds an earlier run, after checking that it is one of ``spec``."""
-    manifest = run.manifest
-    if not manifest:
-        strangers = sorted(path.name for path in run.path.iterdir() if path.name != "manifest.json.partial")
-        if strangers:
-            raise RunFolderError(
-                f"{run.path} holds {strangers[0]!r} and no run to take up",
-                where="--out",
-                accepted="the folder of an interrupted run, or a new or empty folder",
-                fix="check the path, or name another folder with --out",
-            )
-        return False
-    before = manifest.get("config") if isinstance(manifest, dict) else None
-    now = spec.as_dict()
-    if before == now:
-        return True
-    changed = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
-    raise RunFolderError(
-        f"{run.path} holds a run of another configuration (it differs in {', '.join(changed)})",
-        where=str(run.path / "manifest.json"),
-        accepted="the configuration the run was started with",
-        fix="use the same options to resume, or name another folder with --out",
-    )
 
 
 def _clear(run: RunFolder, new_folder: bool) -> None:

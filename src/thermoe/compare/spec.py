@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
-from thermoe.errors import ConfigError, UnknownNameError, near_match
+from thermoe.config import apply_overrides, apply_tree, read_yaml, within
+from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.evaluation import MAX_SUBSETS
 from thermoe.models.convert import METHODS
 from thermoe.moe.dispatch import DROP_ORDERS
-from thermoe.training import MAX_SEED, TrainSettings
+from thermoe.training.settings import MAX_SEED, TrainSettings
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -141,19 +139,19 @@ class CompareSpec:
         self._check_arms()
 
     def _check_ranges(self) -> None:
-        _within("seed", self.seed, 0, MAX_SEED - 1 - max(self.training.seed, self.recovery.seed))
-        _within("data.code_bytes", self.data.code_bytes, 1000)
-        _within("data.heldout_sequences", self.data.heldout_sequences, 1)
-        _within("model.vocab_size", self.model.vocab_size, 257)  # 256 bytes and the end of a text
-        _within("model.hidden_size", self.model.hidden_size, 1)
-        _within("model.layers", self.model.layers, 1)
-        _within("model.heads", self.model.heads, 1)
-        _within("model.sequence_length", self.model.sequence_length, 2)  # the second token is the first predicted
-        _within("stream.batches_per_segment", self.stream.batches_per_segment, 1)
-        _within("stream.batch_size", self.stream.batch_size, 1)
-        _within("accuracy.batches", self.accuracy.batches, 0)
-        _within("accuracy.tau", self.accuracy.tau, 0.0)
-        _within("adapt.lr", self.adapt.lr, 0.0)
+        within("seed", self.seed, 0, MAX_SEED - 1 - max(self.training.seed, self.recovery.seed))
+        within("data.code_bytes", self.data.code_bytes, 1000)
+        within("data.heldout_sequences", self.data.heldout_sequences, 1)
+        within("model.vocab_size", self.model.vocab_size, 257)  # 256 bytes and the end of a text
+        within("model.hidden_size", self.model.hidden_size, 1)
+        within("model.layers", self.model.layers, 1)
+        within("model.heads", self.model.heads, 1)
+        within("model.sequence_length", self.model.sequence_length, 2)  # the second token is the first predicted
+        within("stream.batches_per_segment", self.stream.batches_per_segment, 1)
+        within("stream.batch_size", self.stream.batch_size, 1)
+        within("accuracy.batches", self.accuracy.batches, 0)
+        within("accuracy.tau", self.accuracy.tau, 0.0)
+        within("adapt.lr", self.adapt.lr, 0.0)
         if not 0 < self.adapt.anchor <= 1:
             raise ConfigError(
                 f"adapt.anchor is {self.adapt.anchor}",
@@ -183,7 +181,7 @@ class CompareSpec:
                     accepted="a finite number above 0, or null",
                     fix="null switches it off",
                 )
-        _within("moe.num_experts", moe.num_experts, 1)
+        within("moe.num_experts", moe.num_experts, 1)
         if not 1 <= moe.top_k <= moe.num_experts:
             raise ConfigError(
                 f"top_k is {moe.top_k} with {moe.num_experts} experts",
@@ -211,9 +209,9 @@ class CompareSpec:
 
     def _check_price(self) -> None:
         price, top_k = self.price, self.moe.top_k
-        _within("price.k_min", price.k_min, 0, top_k)
+        within("price.k_min", price.k_min, 0, top_k)
         if price.value is not None:
-            _within("price.value", price.value, 0.0)
+            within("price.value", price.value, 0.0)
         elif not price.k_min / top_k <= price.pairs_frac <= 1 or price.pairs_frac == 0:
             raise ConfigError(
                 f"pairs_frac is {price.pairs_frac} with k_min {price.k_min} and top_k {top_k}",
@@ -253,131 +251,7 @@ def load_spec(preset: str = "demo", overrides: typing.Sequence[str] = ()) -> Com
         raise UnknownNameError.of("preset", preset, preset_names(), where="--preset")
     text = files("thermoe").joinpath("compare", "presets", f"{preset}.yaml").read_text(encoding="utf-8")
     spec = CompareSpec()
-    for path, value in _flatten(yaml.safe_load(text) or {}):
-        _assign(spec, path, value)
-    for override in overrides:
-        path, separator, raw = override.partition("=")
-        if not separator:
-            raise ConfigError(
-                f"{override!r} sets nothing",
-                where="--set",
-                accepted="key.path=value, for example moe.num_experts=16",
-                fix="write the key, an equals sign and the value",
-            )
-        _assign(spec, path.strip(), _Raw(raw))
+    apply_tree(spec, read_yaml(text, where=f"preset {preset}"))
+    apply_overrides(spec, overrides, example="moe.num_experts=16")
     spec.check()
     return spec
-
-
-class _Raw(str):
-    """A value as it was typed: read as YAML unless the key holds text, where `off` and `2024` are words."""
-
-    __slots__ = ()
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and key != "balance":
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _keys(spec: Any, prefix: str = "") -> typing.Iterator[str]:
-    for entry in dataclasses.fields(spec):
-        value = getattr(spec, entry.name)
-        if dataclasses.is_dataclass(value):
-            yield from _keys(value, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}"
-
-
-def _assign(spec: CompareSpec, path: str, value: Any) -> None:
-    """Set one dotted key, after checking that it exists and that the value has its type."""
-    owner: Any = spec
-    *parents, name = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent, None) if dataclasses.is_dataclass(owner) else None
-    known = {entry.name for entry in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else set()
-    if name not in known or dataclasses.is_dataclass(getattr(owner, name)):
-        keys = list(_keys(spec))
-        near = near_match(path, keys)
-        raise ConfigError(
-            f"unknown configuration key {path!r}",
-            where=path or "--set",
-            accepted=", ".join(keys),
-            fix=f"did you mean {near!r}?" if near else "choose one of the accepted keys",
-        )
-    hint = typing.get_type_hints(type(owner))[name]
-    setattr(owner, name, _coerce(path, _read(path, value, hint) if isinstance(value, _Raw) else value, hint))
-
-
-def _read(path: str, raw: _Raw, hint: Any) -> Any:
-    """Return what ``raw`` says for a key of type ``hint``."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if str in kinds:
-        return None if types.NoneType in kinds and raw in ("null", "~", "") else str(raw)
-    try:
-        return yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value {str(raw)!r} cannot be read",
-            where=path,
-            accepted=f"a value in YAML: {_kind_names(hint)}",
-            fix="check brackets, braces and quotation marks",
-        ) from error
-
-
-def _kind_names(hint: Any) -> str:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    words = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "dict": "a mapping"}
-    names = []
-    for option in options:
-        name = getattr(typing.get_origin(option) or option, "__name__", str(option))
-        if name == "list":
-            names.append("a list of names, for example [dense, baseline]")
-        else:
-            names.append("null" if option is types.NoneType else words.get(name, name))
-    return " or ".join(names)
-
-
-def _coerce(path: str, value: Any, hint: Any) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        kind = typing.get_origin(option) or option
-        if kind is types.NoneType and value is None:
-            return None
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return _as_float(path, value, hint)
-        if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if kind is list and type(value) is list and not all(isinstance(entry, str) for entry in value):
-            continue
-        if kind in (int, str, bool, list, dict) and type(value) is kind:
-            return value
-    raise ConfigError(f"{path} is {value!r}", where=path, accepted=_kind_names(hint), fix=f"set {path} to one of these")
-
-
-def _as_float(path: str, value: float, hint: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ConfigError(
-            f"{path} is beyond the range of a number", where=path, accepted=_kind_names(hint), fix="lower it"
-        ) from error
-
-
-def _within(where: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise a ConfigError unless ``value`` is finite and in ``low``..``high``."""
-    if low <= value <= high and value < math.inf:
-        return
-    kind = "an integer" if isinstance(low, int) else "a finite number"
-    raise ConfigError(
-        f"{where} is {value}",
-        where=where,
-        accepted=f"{kind} of at least {low:g}" if high == math.inf else f"{kind} from {low:g} to {high:.10g}",
-        fix=f"{'raise' if value < low else 'lower'} {where}",
-    )

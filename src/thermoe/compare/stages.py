@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,17 @@ from transformers import (
 )
 
 from thermoe import data
-from thermoe.compare.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.evaluation import perplexity
 from thermoe.models.convert import convert_to_moe
 from thermoe.models.measure import exactness, model_size
 from thermoe.moe.layer import collect_routing
+from thermoe.progress import Reporter
 from thermoe.results import RunFolder, save_whole
 from thermoe.routers.priced import price_for_pairs
 from thermoe.runtime import seed_everything
-from thermoe.training import TrainSettings, check_batch, checkpoint_step, last_checkpoint, train_language_model
+from thermoe.training.loop import check_batch, checkpoint_step, last_checkpoint, train_language_model
+from thermoe.training.settings import TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +130,18 @@ def _train(
     checkpoints = run.path / "checkpoints" / phase
     reached = checkpoint_step(last_checkpoint(checkpoints))
     run.drop_rows(lambda row: row["kind"] == "train" and row.get("phase") == phase and row["step"] > reached)
-    with report.stage(title, settings.steps) as done:
+
+    def write(kind: str, step: int, fields: dict[str, Any]) -> None:
+        if kind == "train":
+            run.append(kind, phase=phase, step=step, **fields)
+
+    with report.stage(title, settings.for_rows(rows.shape[0]).steps) as done:
         train_language_model(
             model,
             rows,
             settings,
             checkpoint_dir=checkpoints,
-            log=lambda step, fields: run.append("train", phase=phase, step=step, **fields),
+            write=write,
             on_step=done,
             resume=True,
         )
@@ -172,7 +179,7 @@ def prepare_dense(spec: CompareSpec, corpus: Corpus, device: str, run: RunFolder
     model = GPT2LMHeadModel(config).to(device)
     settings = replace(spec.training, seed=spec.seed + spec.training.seed)
     _train(model, corpus.train_rows, settings, "dense", run, report, "train a dense GPT-2 on prose")
-    ppl = _log_eval(model, corpus, "dense", settings.steps, run)
+    ppl = _log_eval(model, corpus, "dense", settings.for_rows(len(corpus.train_rows)).steps, run)
     report.say(f"  perplexity on held-out prose {ppl:.1f}; of token frequencies alone {corpus.unigram_ppl:.1f}")
     save_whole(folder, model.save_pretrained)
     return model
@@ -210,7 +217,7 @@ def prepare_moe(
         settings = replace(spec.recovery, seed=spec.seed + spec.recovery.seed)
         before = _log_eval(model, corpus, "recovery", 0, run)
         _train(model, corpus.train_rows, settings, "recovery", run, report, "recovery training of the MoE")
-        after = _log_eval(model, corpus, "recovery", settings.steps, run)
+        after = _log_eval(model, corpus, "recovery", settings.for_rows(len(corpus.train_rows)).steps, run)
         report.say(
             f"  perplexity on held-out prose with {spec.moe.top_k} of {experts} experts {before:.1f} -> {after:.1f}"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from thermoe.errors import TelemetryError, UnknownNameError
+from thermoe.errors import ConfigError, TelemetryError, UnknownNameError
 from thermoe.registry import Registry
 from thermoe.results import Provenance, weakest_provenance
 from thermoe.telemetry.clock import Clock
@@ -333,3 +333,24 @@ def checked_source(source: Any, *, where: str = "source") -> str | Source:
             fix="leave it out for 'auto'",
         )
     return source
+
+
+def check_by_name(name: str, *, where: str = "telemetry") -> None:
+    """Raise when there is no source of this name, or it cannot be opened by its name alone.
+
+    Raises:
+        UnknownNameError: no source has that name.
+        ConfigError: the source needs options.
+    """
+    if name in ("auto", "off"):
+        return
+    checked_source(name, where=where)
+    try:
+        open_source(name).close()
+    except TelemetryError as error:
+        raise ConfigError(
+            f"the telemetry source {name!r} needs more than its name: {error.what}",
+            where=where,
+            accepted="auto, off, or a source that opens by its name",
+            fix="use --telemetry auto",
+        ) from error

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from thermoe.compare.spec import CompareSpec, _flatten, _keys, load_spec, preset_names
+from thermoe.compare.spec import CompareSpec, load_spec, preset_names
+from thermoe.config import flatten, keys_of
 from thermoe.errors import ConfigError, ThermoeError, UnknownNameError
 
 
@@ -32,9 +33,9 @@ def at(tree: Any, path: str) -> Any:
 def test_every_preset_loads_and_holds_known_keys_only(name: str) -> None:
     spec = load_spec(name)
     text = files("thermoe").joinpath("compare", "presets", f"{name}.yaml").read_text(encoding="utf-8")
-    written = dict(_flatten(yaml.safe_load(text)))
+    written = dict(flatten(yaml.safe_load(text), CompareSpec()))
     assert written
-    assert set(written) <= set(_keys(CompareSpec()))
+    assert set(written) <= set(keys_of(CompareSpec()))
     for path, value in written.items():
         assert at(spec.as_dict(), path) == value, path
 
@@ -222,8 +223,8 @@ def test_the_fix_for_an_expert_count_works() -> None:
 def test_as_dict_round_trips() -> None:
     spec = load_spec("smoke", ["seed=3", "moe.temperature=0.5", "data.prose=off", "training.balance={z_loss: 0.2}"])
     tree = spec.as_dict()
-    flat = dict(_flatten(tree))
-    assert set(flat) == set(_keys(spec))
+    flat = dict(flatten(tree, CompareSpec()))
+    assert set(flat) == set(keys_of(spec))
     again = yaml.safe_load(yaml.safe_dump(tree))
     assert again == tree
 

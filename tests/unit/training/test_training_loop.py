@@ -18,7 +18,9 @@ from thermoe.errors import ConfigError, DataError, TrainingDivergedError
 from thermoe.moe.layer import collect_routing, moe_layers
 from thermoe.moe.losses import routing_loss
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
-from thermoe.training import MoETrainer, TrainSettings, _Rows, last_checkpoint, train_language_model
+from thermoe.training.loop import last_checkpoint, train_language_model
+from thermoe.training.settings import TrainSettings
+from thermoe.training.trainer import MoETrainer, TokenRows
 
 ROWS = random_tokens(12, 16)
 BALANCE = {"switch": 0.3, "z_loss": 0.05}
@@ -46,7 +48,7 @@ def train(model: nn.Module, folder: Path, rows: Tensor = ROWS, **changes: Any) -
         rows,
         settings(**changes),
         checkpoint_dir=folder / "checkpoints",
-        log=lambda step, fields: logged.append({"step": step, **fields}),
+        write=lambda kind, step, fields: logged.append({"step": step, **fields}) if kind == "train" else None,
         **options,
     )
     return logged
@@ -116,7 +118,9 @@ def test_routing_losses_enter_the_training_loss_exactly_with_accumulation_too(
         remove_unused_columns=False,
         use_cpu=True,
     )
-    trainer = MoETrainer(model=model, args=arguments, train_dataset=_Rows(ROWS[:6]), balance=BALANCE, callbacks=[watch])
+    trainer = MoETrainer(
+        model=model, args=arguments, train_dataset=TokenRows(ROWS[:6]), balance=BALANCE, callbacks=[watch]
+    )
     trainer.model_accepts_loss_kwargs = accepts_loss_kwargs
     trainer.train()
     assert [len(step["batches"]) for step in watch.steps] == [2, 1]

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from thermoe.compare.progress import Reporter
+from thermoe.progress import Reporter
 
 
 def reporter() -> tuple[Reporter, io.StringIO]:

@@ -1,4 +1,4 @@
-"""What a person sees while a comparison runs: a line per stage, and a bar while it takes."""
+"""What a person sees while a command works: a line per stage, and a bar while it takes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Reporter:
         self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar while the stage runs; yields a function that takes the number of steps done."""
+    def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """Show a bar while the stage runs; yields a function that takes the number of steps done and perhaps a note."""
         started = time.monotonic()
         columns = (
             SpinnerColumn(),
@@ -36,9 +36,14 @@ class Reporter:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(escape(title), total=total)
-            yield lambda done: progress.update(task, completed=done)
+            task = progress.add_task(escape(title), total=total, note="")
+
+            def show(done: int, note: str = "") -> None:
+                progress.update(task, completed=done, note=escape(note))
+
+            yield show
         self.durations_s[title] = time.monotonic() - started
         self.console.print(f"[green]done[/green] {escape(title)} ({self.durations_s[title]:.1f} s)", highlight=False)
