@@ -63,19 +63,25 @@ def check_loaded(family: Family, info: Mapping[str, Any], source: str, *, ignore
         )
 
 
-def check_in_memory(layers: Iterable[nn.Module]) -> None:
-    """Raise if weights of MoE ``layers`` are offloaded: hooks of accelerate fetch them for a module's own forward only.
+def check_reachable(model: nn.Module) -> None:
+    """Raise if weights were left on the disk without a hook that brings them in, as some versions of transformers do.
 
     Raises:
-        ConfigError: some are on the meta device.
+        ConfigError: naming one.
     """
-    if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
-        raise ConfigError(
-            "MoE layers are offloaded, to the disk or from an accelerator to the CPU; their experts could not be read",
-            where="device_map",
-            accepted="devices that hold the weights while the model runs; other layers may be offloaded",
-            fix="load in half precision, spread the model over more devices, or run it on the CPU alone",
-        )
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" not in places:
+        return
+    for name, module in model.named_modules():
+        lost = [key for key, parameter in module.named_parameters(name, recurse=False) if parameter.is_meta]
+        if lost and not hasattr(module, "_hf_hook"):
+            raise ConfigError(
+                f"the whole model was left on the disk and nothing brings its weights in, such as {lost[0]}",
+                where="device_map",
+                accepted="with this version of transformers, a device_map with at least two places",
+                fix="leave a small part, such as the last norm, on the cpu; or load the model in memory and call "
+                "accelerate.disk_offload",
+            )
 
 
 def damaged(error: SafetensorError, source: str) -> CheckpointError:

@@ -29,10 +29,11 @@ from thermoe import __version__
 from thermoe.errors import ConfigError
 from thermoe.models import native_experts  # noqa: F401  (registers the experts implementation "thermoe")
 from thermoe.models.card import write_card
-from thermoe.models.checkpoint import check_in_memory, check_loaded, damaged
+from thermoe.models.checkpoint import check_loaded, check_reachable, damaged
 from thermoe.models.families import FAMILIES, Family
 from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
+from thermoe.moe.offload import is_offloaded, readable, whole_state
 from thermoe.routers.base import ROUTERS, Router
 from thermoe.routers.swap import build_router
 
@@ -251,12 +252,16 @@ class MoEModelMixin:
         return False
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save weights and configuration, with the routers as they are now."""
-        self.config.routers = {
-            str(position): describe_router(layer.router)
-            for position, layer in placed_layers(self).items()
-            if isinstance(layer.router, Router)
-        }
+        """Save weights and configuration, with the routers as they are now; offloaded weights are brought in."""
+        routers = {position: layer.router for position, layer in placed_layers(self).items()}
+        with readable(*routers.values()):
+            self.config.routers = {
+                str(position): describe_router(router)
+                for position, router in routers.items()
+                if isinstance(router, Router)
+            }
+        if len(args) < 2 and kwargs.get("state_dict") is None and is_offloaded(self) and not self._saves_in_parts():
+            kwargs["state_dict"] = whole_state(self)
         self.config.thermoe_version = __version__
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         first = args[0] if args else kwargs.get("is_main_process", True)
@@ -264,13 +269,19 @@ class MoEModelMixin:
             write_card(Path(save_directory), self)
         return result
 
+    def _saves_in_parts(self) -> bool:
+        """Whether every version of transformers brings what is offloaded here in, file by file, when it saves."""
+        places = set(getattr(self, "hf_device_map", {}).values())
+        kept = not any(buffer.is_meta for buffer in self.buffers())  # type: ignore[attr-defined]
+        return kept and len(places) > 1 and bool(places & {"cpu", "disk"})
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but refuse a checkpoint that does not fill the MoE layers.
 
         Raises:
             CheckpointError: weights of an MoE layer are missing, of another shape or too many, or a file is damaged.
-            ConfigError: `device_map` leaves MoE layers on the disk or offloads them.
+            ConfigError: `device_map` leaves weights on the disk that this version of transformers does not bring in.
         """
         source = str(pretrained_model_name_or_path or "the given state_dict")
         with_info = kwargs.pop("output_loading_info", False)
@@ -283,7 +294,7 @@ class MoEModelMixin:
         except SafetensorError as error:
             raise damaged(error, source) from error
         check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
-        check_in_memory(placed_layers(model).values())
+        check_reachable(model)
         return (model, info) if with_info else model
 
 

@@ -312,6 +312,13 @@ def _check_model(model: Any) -> None:
             accepted="a model loaded with from_pretrained or an Auto class",
             fix="load it with transformers.AutoModelForCausalLM, AutoModel or the class of its head",
         )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ConversionError(
+            "weights of the model are offloaded or not loaded (they are on the meta device), and cannot be divided",
+            where="model",
+            accepted="a model whose weights are all in memory",
+            fix="load it without device_map, convert it and save it; the result may be loaded with any device_map",
+        )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         kind = getattr(getattr(model.config, "quantization_config", None), "quant_method", "unknown method")
         raise ConversionError(

@@ -43,7 +43,9 @@ def exactness(dense: nn.Module, converted: nn.Module, rows: Tensor) -> dict[str,
 
 def model_size(model: nn.Module) -> dict[str, int]:
     """Return all parameters, and those that work on one token (top_k experts of each MoE layer)."""
-    total = sum(p.numel() for p in model.parameters())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # Where weights are offloaded, one that is tied to another is listed twice.
+    total = sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
     idle = 0
     for _, layer in moe_layers(model):
         assert isinstance(layer.router, Router)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from thermoe.errors import RoutingError
 from thermoe.moe.decision import RoutingContext, RoutingDecision
-from thermoe.moe.dispatch import run_experts
 from thermoe.moe.experts import Experts
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 
@@ -85,7 +84,7 @@ class MoELayer(Routed):
                     accepted=f"bool of shape {(batch, length)}, or None",
                     fix="set padding_mask for this forward, or to None",
                 )
-            mask = mask.reshape(-1).bool()
+            mask = mask.reshape(-1).to(hidden_states.device, torch.bool)  # layers may be spread over devices
         return RoutingContext(batch, length, mask)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -93,9 +92,9 @@ class MoELayer(Routed):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         decision: RoutingDecision = self.router(x_TD, self._context(hidden_states))
         self.last_routing = decision if torch.is_grad_enabled() else decision.detach()
-        y_TD = run_experts(x_TD, decision.expert_index, decision.weights, self.experts, backend=self.backend)
+        y_TD = self.experts(x_TD, decision.expert_index, decision.weights, backend=self.backend)
         if self.shared is not None:
-            y_TD = y_TD + self.shared.forward_all(x_TD)[0]
+            y_TD = y_TD + self.shared(x_TD)
         if self.output_bias is not None:
             y_TD = y_TD + self.output_bias
         return self.dropout(y_TD).view_as(hidden_states)
