@@ -63,14 +63,18 @@ def check_loaded(family: Family, info: Mapping[str, Any], source: str, *, ignore
         )
 
 
-def check_reachable(model: nn.Module) -> None:
+def check_reachable(model: nn.Module, device_map: Any) -> None:
     """Raise if weights were left on the disk without a hook that brings them in, as some versions of transformers do.
+
+    Args:
+        model: what was loaded.
+        device_map: where it was asked to be.
 
     Raises:
         ConfigError: naming one.
     """
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if "disk" not in places:
+    places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    if all(place is None or str(place) == "meta" for place in places):  # shapes without values were asked for
         return
     for name, module in model.named_modules():
         lost = [key for key, parameter in module.named_parameters(name, recurse=False) if parameter.is_meta]

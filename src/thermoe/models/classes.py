@@ -10,7 +10,6 @@ them.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
 
 # From their own modules: this one is imported while `transformers` is still resolving its lazy names.
@@ -31,6 +30,7 @@ from thermoe.models import native_experts  # noqa: F401  (registers the experts 
 from thermoe.models.card import write_card
 from thermoe.models.checkpoint import check_loaded, check_reachable, damaged
 from thermoe.models.families import FAMILIES, Family
+from thermoe.models.padding import note_padding
 from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
 from thermoe.moe.offload import is_offloaded, readable, whole_state
@@ -191,26 +191,6 @@ def base_model_of(model: Any) -> nn.Module:
     return base
 
 
-class _NotePadding:
-    """Tells the MoE layers, before the model runs, which tokens are real and how many sequences there are."""
-
-    def __init__(self, entry: nn.Module, layers: list[MoELayer]) -> None:
-        self._names = list(inspect.signature(type(entry).forward).parameters)[1:]
-        self._layers = layers
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        mask: Tensor | None = given.get("attention_mask")
-        if tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:
-            mask = None
-        else:
-            mask = mask[:, -tokens.shape[1] :].bool()  # with a cache it covers the past too
-        for layer in self._layers:
-            layer.padding_mask = mask
-            layer.call_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
-
-
 class MoEModelMixin:
     """What every MoE class adds to its dense class."""
 
@@ -226,7 +206,7 @@ class MoEModelMixin:
     def watch_padding(self) -> None:
         """Route padding nowhere: note the attention mask whenever the model is called."""
         entry = base_model_of(self).get_submodule(self.config.moe_family.entry)
-        entry.register_forward_pre_hook(_NotePadding(entry, list(placed_layers(self).values())), with_kwargs=True)
+        note_padding(entry, placed_layers(self).values())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -253,6 +233,7 @@ class MoEModelMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, with the routers as they are now; offloaded weights are brought in."""
+        own: Any = self
         routers = {position: layer.router for position, layer in placed_layers(self).items()}
         with readable(*routers.values()):
             self.config.routers = {
@@ -260,8 +241,8 @@ class MoEModelMixin:
                 for position, router in routers.items()
                 if isinstance(router, Router)
             }
-        if len(args) < 2 and kwargs.get("state_dict") is None and is_offloaded(self) and not self._saves_in_parts():
-            kwargs["state_dict"] = whole_state(self)
+        if len(args) < 2 and kwargs.get("state_dict") is None and is_offloaded(own) and not self._saves_in_parts():
+            kwargs["state_dict"] = whole_state(own)
         self.config.thermoe_version = __version__
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         first = args[0] if args else kwargs.get("is_main_process", True)
@@ -294,7 +275,7 @@ class MoEModelMixin:
         except SafetensorError as error:
             raise damaged(error, source) from error
         check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
-        check_reachable(model)
+        check_reachable(model, kwargs.get("device_map"))
         return (model, info) if with_info else model
 
 

@@ -41,10 +41,14 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     Raises:
         ConfigError: a weight is on the meta device and no hook of accelerate knows where its values are.
     """
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    state: dict[str, Any] = get_state_dict_offloaded_model(model)
-    lost = sorted(set(model.state_dict()) - set(state))
+    state: dict[str, Any] = model.state_dict()
+    for key in [key for key, value in state.items() if value.is_meta]:
+        owner, _, own = key.rpartition(".")
+        module = model.get_submodule(owner)
+        with readable(module):
+            if not getattr(module, own).is_meta:
+                state[key] = getattr(module, own).detach().cpu()
+    lost = [key for key, value in state.items() if value.is_meta]
     if lost:
         raise ConfigError(
             f"{len(lost)} weights of the model have no values in memory or on the disk, such as {lost[0]}",
