@@ -10,6 +10,7 @@ them.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from thermoe import __version__
 from thermoe.errors import ConfigError
 from thermoe.models import native_experts  # noqa: F401  (registers the experts implementation "thermoe")
 from thermoe.models.card import write_card
-from thermoe.models.checkpoint import check_loaded, check_reachable, damaged
+from thermoe.models.checkpoint import check_loaded, check_reachable, damaged, incomplete, why_incomplete
+from thermoe.models.config_fields import FIELDS, check_fields
 from thermoe.models.families import FAMILIES, Family
 from thermoe.models.padding import note_padding
 from thermoe.moe.experts import Experts
@@ -47,18 +49,6 @@ AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
-_FIELDS: dict[str, tuple[Any, Any]] = {
-    "num_experts": (int, 8),
-    "num_experts_per_tok": (int, 2),
-    "expert_intermediate_size": (int | None, None),
-    "shared_intermediate_size": (int, 0),
-    "moe_layers": (list[int] | None, None),
-    "expert_bias": (bool, False),
-    "layer_bias": (bool | None, None),
-    "gated_experts": (bool | None, None),
-    "routers": (dict[str, Any] | None, None),
-    "thermoe_version": (str | None, None),
-}
 _CONFIG_DOC = """Configuration of a {name} with MoE layers: the fields of `{name}` and these.
 
 Args:
@@ -81,6 +71,7 @@ Raises:
 
 def _complete(config: Any) -> None:
     """Fill in what follows from other fields, and check what belongs together."""
+    check_fields(config)
     shape = config.moe_family.shape(config)
     if not 1 <= config.num_experts_per_tok <= config.num_experts:
         raise ConfigError(
@@ -103,19 +94,7 @@ def _complete(config: Any) -> None:
     config.layer_bias = shape.down_bias if config.layer_bias is None else config.layer_bias
     config.gated_experts = shape.gated if config.gated_experts is None else config.gated_experts
     config.routers = dict(config.routers or {})
-    written = config.thermoe_version or __version__
-    if _release(written) > _release(__version__):
-        raise ConfigError(
-            f"the model was written by thermoe {written}, this is {__version__}",
-            where="config.thermoe_version",
-            accepted=f"a version up to {__version__}",
-            fix="update thermoe: pip install --upgrade thermoe",
-        )
-    config.thermoe_version = written
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
+    config.thermoe_version = config.thermoe_version or __version__
 
 
 @functools.cache
@@ -135,8 +114,8 @@ def moe_config_class(dense: type) -> Any:
         {
             "__module__": __name__,
             "__doc__": _CONFIG_DOC.format(name=dense.__name__),
-            "__annotations__": {field: kind for field, (kind, _) in _FIELDS.items()},
-            **{field: default for field, (_, default) in _FIELDS.items()},
+            "__annotations__": {field: kind for field, (kind, *_) in FIELDS.items()},
+            **{field: default for field, (_, default, *_) in FIELDS.items()},
             "__post_init__": __post_init__,
             "model_type": PREFIX + family.model_type,
             "moe_family": family,
@@ -274,6 +253,10 @@ class MoEModelMixin:
             )
         except SafetensorError as error:
             raise damaged(error, source) from error
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            if not Path(source).is_dir() or not (why := why_incomplete(Path(source), kwargs)):
+                raise
+            raise incomplete(why, source) from error
         check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
         check_reachable(model, kwargs.get("device_map"))
         return (model, info) if with_info else model
