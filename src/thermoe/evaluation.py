@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.moe.layer import MoELayer, moe_layers
+from thermoe.moe.offload import readable
 from thermoe.routers.alternatives import RandomRouter
 from thermoe.routers.base import Router
 
@@ -306,7 +307,8 @@ def routing_accuracy(
             seen.clear()
             model(batch)
             for name, inputs in seen.items():  # a layer the forward did not come to has nothing to judge
-                judges[name].add(inputs)
+                with readable(layers[name].experts, layers[name].router):
+                    judges[name].add(inputs)
     results = {name: judge.result() for name, judge in judges.items()}
     return {name: result for name, result in results.items() if result is not None}
 

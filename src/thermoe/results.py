@@ -6,6 +6,7 @@ temperature or memory carries its provenance beside it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -31,11 +32,15 @@ def save_whole(folder: Path, write: Callable[[Path], Any]) -> None:
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    absent = [parent for parent in folder.parents if not parent.exists()]
     try:
         write(partial)
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in absent:
+            with contextlib.suppress(OSError):  # never made, or in use by another by now
+                parent.rmdir()
         raise
 
 

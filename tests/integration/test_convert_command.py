@@ -272,6 +272,23 @@ def test_nothing_half_written_is_left(failure: BaseException, dense: Path, tmp_p
     assert nothing_left(tmp_path / "moe")
 
 
+@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_an_end_in_the_middle_of_saving_leaves_no_folder(failure: BaseException, dense: Path, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def half(state: object, path: str, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        seen.append([file.name for file in Path(path).parent.iterdir()])
+        raise failure
+
+    out = tmp_path / "new" / "deep" / "moe"
+    with patch("transformers.modeling_utils.safe_save_file", half), pytest.raises((RuntimeError, SystemExit)):
+        if command("convert", str(dense), str(out), "--experts", "4").code == 130:
+            raise SystemExit
+    assert seen and "model.safetensors" in seen[0]
+    assert not (tmp_path / "new").exists() and dense.exists()
+
+
 @pytest.mark.parametrize("text", ["", "1,,2", "-1", "a", "2-", "1-999999999"])
 def test_positions_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="no position"):

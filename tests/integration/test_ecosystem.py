@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from thermoe import collect_routing, convert_to_moe
-from thermoe.errors import CheckpointError, ConfigError
+from thermoe.errors import CheckpointError
 from thermoe.models.classes import placed_layers
 
 VOCAB = 60
@@ -259,22 +259,6 @@ def test_a_device_map_on_the_cpu(moe: Any, tmp_path: Path) -> None:
     assert torch.allclose(logits(loaded), logits(moe), atol=1e-6)
 
 
-@pytest.mark.parametrize(("disk", "fits"), [("lm_head", True), ("model.layers.1", False)])
-def test_layers_left_on_the_disk(disk: str, fits: bool, tmp_path: Path) -> None:
-    moe = convert_copy("llama")
-    moe.save_pretrained(tmp_path / "model")
-    parts = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
-    places = {part: "disk" if part == disk else "cpu" for part in parts}
-    settings = {"device_map": places, "offload_folder": tmp_path / "off"}
-    if fits:
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **settings)
-        assert torch.allclose(logits(loaded), logits(moe), atol=1e-6)
-        return
-    with pytest.raises(ConfigError, match="offloaded") as caught:  # and no numbers made of unread memory
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model", **settings)
-    assert caught.value.where == "device_map"
-
-
 def test_the_folder_is_complete(moe: Any, tmp_path: Path) -> None:
     moe.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -389,11 +373,35 @@ def test_a_truncated_file(kept_frac: float, moe: Any, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_missing_file_of_several(moe: Any, tmp_path: Path) -> None:
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: sorted(folder.glob("model-*"))[1].unlink(), "lacks model-00002"),
+        (lambda folder: (folder / INDEX).unlink(), "index.json is missing"),
+        (lambda folder: (folder / INDEX).write_text('{"weight'), "index.json is damaged"),
+        (lambda folder: (folder / INDEX).write_text("{}"), "index.json is damaged"),
+        (lambda folder: [path.unlink() for path in folder.glob("model*")], "it holds no model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": '), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds a list"),
+    ],
+)
+def test_a_folder_in_parts_that_is_not_whole(change: Any, words: str, moe: Any, tmp_path: Path) -> None:
     moe.save_pretrained(tmp_path, max_shard_size="30KB")
-    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
-    with pytest.raises(OSError, match="model-00002"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    change(tmp_path)
+    loaders = [type(moe)] if "config" in words else [type(moe), AutoModelForCausalLM]
+    for loader in loaders:  # a configuration that AutoModel cannot read never comes to us
+        with pytest.raises(CheckpointError, match="not whole") as caught:
+            loader.from_pretrained(tmp_path)
+        assert words in caught.value.what and caught.value.where == str(tmp_path)
+        assert caught.value.accepted and caught.value.fix
+
+
+def test_a_name_that_is_no_folder_stays_the_error_of_transformers(moe: Any) -> None:
+    with pytest.raises(OSError):  # its words differ with the network and the cache
+        type(moe).from_pretrained("nobody/nothing-at-all")
 
 
 def test_what_was_loaded_is_what_was_saved(moe: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from thermoe.errors import ConfigError, RoutingError
 from thermoe.evaluation import check_token_ids, sequence_nll
 from thermoe.moe.layer import routed_modules
+from thermoe.moe.offload import readable
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
 
@@ -79,7 +80,8 @@ class RouterAdapter:
         self.updates = 0
         self.resets = 0
         self._routers = self._attach(bias_only)
-        self._frozen = {p for p in model.parameters() if p.requires_grad} - set(self.parameters())
+        # Offloaded weights are other objects after every forward; none is learned from, frozen or not.
+        self._frozen = {p for p in model.parameters() if p.requires_grad and not p.is_meta} - set(self.parameters())
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._optimizer = self._new_optimizer()
@@ -103,7 +105,8 @@ class RouterAdapter:
                 )
         for router in routers.values():
             fast = FastWeights(router.hidden_size, router.num_experts, bias_only=bias_only)
-            router.fast = fast.to(router.weight.device)
+            with readable(router):
+                router.fast = fast.to(router.weight.device)
         return routers
 
     def _new_optimizer(self) -> torch.optim.AdamW:

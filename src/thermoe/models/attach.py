@@ -5,6 +5,10 @@ that whatever transformers hangs on it (recording, the auxiliary loss) goes on w
 weights follow the base's own rules; only the choice of experts is a thermoe router's. A token whose choice is the
 model's own gets the base's own ids and weights, bit for bit. Expert weights are not touched.
 
+A padded token gets no expert. Where the bits of a product depend on how many tokens an expert has (on the CPU, and in
+float32), padded tokens keep the base's experts in the computation as long as every real token keeps them too, so that
+the logits of real tokens are the model's own; the decision on record leaves padding out in any case.
+
 While attached, the experts are computed by the implementation "thermoe" (`models/native_experts.py`), because
 transformers' own disagree on a slot without an expert. Its bits are those of "grouped_mm", transformers' default.
 
@@ -20,10 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from thermoe.errors import ConfigError, RoutingError
-from thermoe.models.native_experts import IMPLEMENTATION, why_not_native
+from thermoe.models.native_experts import IMPLEMENTATION, rows_are_independent, why_not_native
 from thermoe.models.native_scoring import NativeScoring, recognise
+from thermoe.models.padding import note_padding, takes_mask
 from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.moe.layer import Routed
 from thermoe.routers.base import ROUTERS, Router
@@ -49,7 +55,8 @@ class AttachedRouter(Routed):
 
     Attributes:
         last_routing: the RoutingDecision of the last forward; it carries gradients in training.
-        call_shape: (B, S) of the block's current call, or ``None``.
+        call_shape: (B, S) of the current call, or ``None``.
+        padding_mask: bool (B, S) of the current call, true where the token is real, or ``None`` when all are.
     """
 
     router: Router
@@ -63,6 +70,7 @@ class AttachedRouter(Routed):
         self.router = router
         self.last_routing: RoutingDecision | None = None
         self.call_shape: tuple[int, int] | None = None
+        self.padding_mask: Tensor | None = None
         # Versions of transformers in which the router returns logits alone and the block chooses from them.
         self._choose: Any = block.route_tokens_to_experts if scoring.chosen_by_block else None
         self._chosen: tuple[Tensor, Tensor] | None = None
@@ -91,8 +99,9 @@ class AttachedRouter(Routed):
         """Return float32 (T, E), the benefit u of each expert at kappa 1: what a price is weighed against."""
         return self.scoring.selection_scores(logits, self.base)
 
-    def route(self, x_TD: Tensor) -> tuple[RoutingDecision, Tensor]:
-        """Return the decision for T tokens, and the base's own logits (T, E)."""
+    def route(self, x_TD: Tensor) -> tuple[RoutingDecision, Tensor, tuple[Tensor, Tensor]]:
+        """Return the decision for T tokens, the base's own logits (T, E), and the (weights, ids) to compute with."""
+        context = self._context(x_TD)
         own_logits, own_weights, own_index = self.scoring.native(self.base, x_TD, self._choose)
         fast = self.router.fast
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -104,7 +113,7 @@ class AttachedRouter(Routed):
                 unmoved = (correction == 0).all(-1, keepdim=True)
             scores = self.scoring.selection_scores(logits, self.base)
             rank = _prefer(self.scoring.ranking(logits, scores).detach(), own_index, unmoved)
-            index = self.router.select(rank, scores.detach(), self._context(x_TD.shape[0]))
+            index = self.router.select(rank, scores.detach(), context)
             if index.shape == own_index.shape:
                 own_choice = unmoved & (index.sort(-1).values == own_index.sort(-1).values).all(-1, keepdim=True)
                 index = torch.where(own_choice, own_index, index)
@@ -114,19 +123,28 @@ class AttachedRouter(Routed):
                 exact = own_weights if fast is None else own_weights.detach() + (weights - weights.detach())
                 weights = torch.where(own_choice, exact, weights)
             probabilities = self.scoring.probabilities(logits)
-        return RoutingDecision(logits, probabilities, index, weights), own_logits
+            computed = weights, index
+            if context.padding_mask is not None:
+                real = context.padding_mask.unsqueeze(-1)
+                index, weights = torch.where(real, index, self.num_experts), torch.where(real, weights, 0)
+                if index.shape == own_index.shape and not rows_are_independent(x_TD):
+                    along = ~real & (own_choice | ~real).all()
+                    computed = torch.where(along, own_weights, weights), torch.where(along, own_index, index)
+                else:
+                    computed = weights, index
+        return RoutingDecision(logits, probabilities, index, weights, context.padding_mask), own_logits, computed
 
     def forward(self, hidden_states: Tensor) -> Any:
         """Map (..., D) to what the base returns: (logits (T, E), weights (T, K), ids (T, K)), id E meaning no expert.
 
         Where the block itself chooses from the logits, only these are returned, and `recall` has the rest.
         """
-        decision, own_logits = self.route(hidden_states.reshape(-1, self.hidden_dim))
+        decision, own_logits, (weights, index) = self.route(hidden_states.reshape(-1, self.hidden_dim))
         self.last_routing = decision if torch.is_grad_enabled() else decision.detach()
         if self.scoring.chosen_by_block:
-            self._chosen = decision.expert_index, decision.weights
+            self._chosen = index, weights
             return own_logits
-        return own_logits, decision.weights, decision.expert_index
+        return own_logits, weights, index
 
     def recall(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return (ids, weights) of the forward just made, to a block that asks for them by its logits."""
@@ -134,9 +152,14 @@ class AttachedRouter(Routed):
         chosen, self._chosen = self._chosen, None
         return chosen
 
-    def _context(self, tokens: int) -> RoutingContext:
+    def _context(self, x_TD: Tensor) -> RoutingContext:
+        tokens, mask = x_TD.shape[0], self.padding_mask
         batch, length = self.call_shape or (1, tokens)
-        return RoutingContext(batch, length) if batch * length == tokens else RoutingContext(1, tokens)
+        if batch * length != tokens:  # the block is called by itself
+            return RoutingContext(1, tokens)
+        if mask is not None:
+            mask = mask.reshape(-1).to(x_TD.device) if mask.shape == (batch, length) else None
+        return RoutingContext(batch, length, mask)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state of the base under this module's own name."""
@@ -144,7 +167,7 @@ class AttachedRouter(Routed):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last decision behind: autograd history cannot be copied or pickled."""
-        return {**super().__getstate__(), "last_routing": None, "_chosen": None}
+        return {**super().__getstate__(), "last_routing": None, "padding_mask": None, "_chosen": None}
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
@@ -173,7 +196,8 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     name = next(name for name in ROUTER_NAMES if isinstance(getattr(block, name, None), AttachedRouter))
     hidden = args[0] if args else kwargs.get("hidden_states")
     shape = hidden.shape if isinstance(hidden, Tensor) else ()
-    getattr(block, name).call_shape = (shape[0], shape[1]) if len(shape) == 3 else None
+    if len(shape) == 3:  # else what the model was called with counts
+        getattr(block, name).call_shape = shape[0], shape[1]
     implementation = block.experts.config._experts_implementation  # type: ignore[union-attr]
     if implementation != IMPLEMENTATION:
         raise RoutingError(
@@ -297,6 +321,19 @@ def _make(name: str, block: nn.Module, router: str, options: dict[str, Any]) -> 
     return AttachedRouter(base, built.to(base.weight.device), scoring, block)
 
 
+def _entries(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, list[str]]:
+    """Return, for each router by name, the innermost model around it that is called with the attention mask."""
+    entries: dict[nn.Module, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for end in range(len(parts) - 1, -1, -1):
+            around = model.get_submodule(".".join(parts[:end]))
+            if isinstance(around, PreTrainedModel) and takes_mask(around):
+                entries.setdefault(around, []).append(name)
+                break
+    return entries
+
+
 def attach_router(
     model: nn.Module, router: str = "topk", *, layers: Iterable[int | str] | None = None, **options: Any
 ) -> Attachment:
@@ -338,6 +375,8 @@ def attach_router(
         attachment._hooks.append(block.register_forward_pre_hook(_before_block, with_kwargs=True))
         if attached.scoring.chosen_by_block:
             block.__dict__["route_tokens_to_experts"] = attached.recall
+    for entry, names in _entries(model, made).items():
+        attachment._hooks.append(note_padding(entry, [made[name] for name in names]))
     model.__dict__[_ON_MODEL] = attachment
     return attachment
 

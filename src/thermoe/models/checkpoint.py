@@ -6,8 +6,10 @@ experts and routers, with which a model would run and talk nonsense. Here that i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -64,19 +66,29 @@ def check_loaded(family: Family, info: Mapping[str, Any], source: str, *, ignore
         )
 
 
-def check_in_memory(layers: Iterable[nn.Module]) -> None:
-    """Raise if weights of MoE ``layers`` are offloaded: hooks of accelerate fetch them for a module's own forward only.
+def check_reachable(model: nn.Module, device_map: Any) -> None:
+    """Raise if weights were left on the disk without a hook that brings them in, as some versions of transformers do.
+
+    Args:
+        model: what was loaded.
+        device_map: where it was asked to be.
 
     Raises:
-        ConfigError: some are on the meta device.
+        ConfigError: naming one.
     """
-    if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
-        raise ConfigError(
-            "MoE layers are offloaded, to the disk or from an accelerator to the CPU; their experts could not be read",
-            where="device_map",
-            accepted="devices that hold the weights while the model runs; other layers may be offloaded",
-            fix="load in half precision, spread the model over more devices, or run it on the CPU alone",
-        )
+    places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    if all(place is None or str(place) == "meta" for place in places):  # shapes without values were asked for
+        return
+    for name, module in model.named_modules():
+        lost = [key for key, parameter in module.named_parameters(name, recurse=False) if parameter.is_meta]
+        if lost and not hasattr(module, "_hf_hook"):
+            raise ConfigError(
+                f"the whole model was left on the disk and nothing brings its weights in, such as {lost[0]}",
+                where="device_map",
+                accepted="with this version of transformers, a device_map with at least two places",
+                fix="leave a small part, such as the last norm, on the cpu; or load the model in memory and call "
+                "accelerate.disk_offload",
+            )
 
 
 def check_blocks(experts: Iterable[Experts], source: str) -> None:
@@ -104,4 +116,46 @@ def damaged(error: SafetensorError, source: str) -> CheckpointError:
         where=source,
         accepted="whole .safetensors files",
         fix="copy or download the file again, or save the model again with save_pretrained",
+    )
+
+
+def why_incomplete(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return what is missing or unreadable in a ``folder`` that could not be loaded, or ``None`` if nothing is seen.
+
+    Args:
+        folder: the checkpoint.
+        settings: the keyword arguments of the loading; unusual names of files are left to transformers.
+    """
+    if any(settings.get(name) for name in ("subfolder", "variant", "gguf_file")):
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"config.json cannot be read ({error.strerror})"
+    except ValueError as error:
+        return f"config.json is damaged ({error})"
+    if not isinstance(config, dict):
+        return f"config.json holds a {type(config).__name__}"
+    if (folder / "model.safetensors").is_file():
+        return None
+    index = folder / "model.safetensors.index.json"
+    parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if not index.is_file():
+        return f"{index.name} is missing beside {_some(parts)}" if parts else "it holds no model.safetensors"
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{index.name} is damaged ({type(error).__name__}: {error})"
+    missing = [name for name in named if not (folder / name).is_file()]
+    return f"it lacks {_some(missing)}" if missing else None
+
+
+def incomplete(why: str, source: str) -> CheckpointError:
+    """Return the error for a folder of which a part is missing or unreadable."""
+    return CheckpointError(
+        f"the checkpoint is not whole: {why}",
+        where=source,
+        accepted="a folder written by save_pretrained: config.json and model.safetensors, or all its parts and their "
+        "index",
+        fix="copy or download the folder again, or save the model again with save_pretrained",
     )

@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 import functools
-import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
 
 # From their own modules: this one is imported while `transformers` is still resolving its lazy names.
@@ -29,10 +29,13 @@ from thermoe import __version__
 from thermoe.errors import ConfigError
 from thermoe.models import native_experts  # noqa: F401  (registers the experts implementation "thermoe")
 from thermoe.models.card import write_card
-from thermoe.models.checkpoint import check_blocks, check_in_memory, check_loaded, damaged
+from thermoe.models.checkpoint import check_blocks, check_loaded, check_reachable, damaged, incomplete, why_incomplete
+from thermoe.models.config_fields import FIELDS, check_fields
 from thermoe.models.families import FAMILIES, Family
+from thermoe.models.padding import note_padding
 from thermoe.moe.experts import Experts, split_widths
 from thermoe.moe.layer import MoELayer
+from thermoe.moe.offload import is_offloaded, readable, whole_state
 from thermoe.routers.base import ROUTERS, Router
 from thermoe.routers.swap import build_router
 
@@ -46,20 +49,6 @@ AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
-_FIELDS: dict[str, tuple[Any, Any]] = {
-    "num_experts": (int, 8),
-    "num_experts_per_tok": (int, 2),
-    "expert_intermediate_size": (int | None, None),
-    "expert_widths": (list[int] | None, None),
-    "shared_intermediate_size": (int, 0),
-    "moe_layers": (list[int] | None, None),
-    "expert_bias": (bool, False),
-    "layer_bias": (bool | None, None),
-    "gated_experts": (bool | None, None),
-    "conversion_method": (str | None, None),
-    "routers": (dict[str, Any] | None, None),
-    "thermoe_version": (str | None, None),
-}
 _CONFIG_DOC = """Configuration of a {name} with MoE layers: the fields of `{name}` and these.
 
 Args:
@@ -85,6 +74,7 @@ Raises:
 
 def _complete(config: Any) -> None:
     """Fill in what follows from other fields, and check what belongs together."""
+    check_fields(config)
     shape = config.moe_family.shape(config)
     if not 1 <= config.num_experts_per_tok <= config.num_experts:
         raise ConfigError(
@@ -109,15 +99,7 @@ def _complete(config: Any) -> None:
     config.layer_bias = shape.down_bias if config.layer_bias is None else config.layer_bias
     config.gated_experts = shape.gated if config.gated_experts is None else config.gated_experts
     config.routers = dict(config.routers or {})
-    written = config.thermoe_version or __version__
-    if _release(written) > _release(__version__):
-        raise ConfigError(
-            f"the model was written by thermoe {written}, this is {__version__}",
-            where="config.thermoe_version",
-            accepted=f"a version up to {__version__}",
-            fix="update thermoe: pip install --upgrade thermoe",
-        )
-    config.thermoe_version = written
+    config.thermoe_version = config.thermoe_version or __version__
 
 
 def _complete_widths(config: Any) -> None:
@@ -142,10 +124,6 @@ def _complete_widths(config: Any) -> None:
     config.expert_intermediate_size, config.expert_widths = block, widths if len(set(widths)) > 1 else None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
-
-
 @functools.cache
 def moe_config_class(dense: type) -> Any:
     """Return the configuration class of MoE models made from the configuration class ``dense``."""
@@ -163,8 +141,8 @@ def moe_config_class(dense: type) -> Any:
         {
             "__module__": __name__,
             "__doc__": _CONFIG_DOC.format(name=dense.__name__),
-            "__annotations__": {field: kind for field, (kind, _) in _FIELDS.items()},
-            **{field: default for field, (_, default) in _FIELDS.items()},
+            "__annotations__": {field: kind for field, (kind, *_) in FIELDS.items()},
+            **{field: default for field, (_, default, *_) in FIELDS.items()},
             "__post_init__": __post_init__,
             "model_type": PREFIX + family.model_type,
             "moe_family": family,
@@ -224,40 +202,6 @@ def base_model_of(model: Any) -> nn.Module:
     return base
 
 
-class _NotePadding:
-    """Tells the MoE layers, before the model runs, which tokens come, which are real, and in how many sequences."""
-
-    def __init__(self, entry: nn.Module, layers: list[MoELayer]) -> None:
-        self._names = list(inspect.signature(type(entry).forward).parameters)[1:]
-        self._layers = layers
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        mask: Tensor | None = given.get("attention_mask")
-        if tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:
-            mask = None
-        else:
-            mask = mask[:, -tokens.shape[1] :].bool()  # with a cache it covers the past too
-        read = {field for layer in self._layers for field in getattr(layer.router, "reads", ())}
-        positions = _positions(given, tokens) if "positions" in read and tokens is not None else None
-        for layer in self._layers:
-            layer.padding_mask = mask
-            layer.call_shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
-            layer.token_ids = given.get("input_ids") if "token_ids" in read else None
-            layer.positions = positions
-
-
-def _positions(given: dict[str, Any], tokens: Tensor) -> Tensor:
-    """Return (B, S) or (1, S): the positions the model was given, else those that follow what is in its cache."""
-    positions = given.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        return positions
-    past = given.get("past_key_values")
-    seen = past.get_seq_length() if past is not None else 0
-    return (torch.arange(tokens.shape[1], device=tokens.device) + seen).unsqueeze(0)
-
-
 class MoEModelMixin:
     """What every MoE class adds to its dense class."""
 
@@ -278,7 +222,7 @@ class MoEModelMixin:
     def watch_padding(self) -> None:
         """Route padding nowhere: note the attention mask whenever the model is called."""
         entry = base_model_of(self).get_submodule(self.config.moe_family.entry)
-        entry.register_forward_pre_hook(_NotePadding(entry, list(placed_layers(self).values())), with_kwargs=True)
+        note_padding(entry, placed_layers(self).values())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -306,12 +250,17 @@ class MoEModelMixin:
         return False
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save weights and configuration, with the routers as they are now."""
-        self.config.routers = {
-            str(position): describe_router(layer.router)
-            for position, layer in placed_layers(self).items()
-            if isinstance(layer.router, Router)
-        }
+        """Save weights and configuration, with the routers as they are now; offloaded weights are brought in."""
+        own: Any = self
+        routers = {position: layer.router for position, layer in placed_layers(self).items()}
+        with readable(*routers.values()):
+            self.config.routers = {
+                str(position): describe_router(router)
+                for position, router in routers.items()
+                if isinstance(router, Router)
+            }
+        if len(args) < 2 and kwargs.get("state_dict") is None and is_offloaded(own) and not self._saves_in_parts():
+            kwargs["state_dict"] = whole_state(own)
         self.config.thermoe_version = __version__
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         first = args[0] if args else kwargs.get("is_main_process", True)
@@ -319,13 +268,19 @@ class MoEModelMixin:
             write_card(Path(save_directory), self)
         return result
 
+    def _saves_in_parts(self) -> bool:
+        """Whether every version of transformers brings what is offloaded here in, file by file, when it saves."""
+        places = set(getattr(self, "hf_device_map", {}).values())
+        kept = not any(buffer.is_meta for buffer in self.buffers())  # type: ignore[attr-defined]
+        return kept and len(places) > 1 and bool(places & {"cpu", "disk"})
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but refuse a checkpoint that does not fill the MoE layers.
 
         Raises:
             CheckpointError: weights of an MoE layer are missing, of another shape or too many, or a file is damaged.
-            ConfigError: `device_map` leaves MoE layers on the disk or offloads them.
+            ConfigError: `device_map` leaves weights on the disk that this version of transformers does not bring in.
         """
         source = str(pretrained_model_name_or_path or "the given state_dict")
         with_info = kwargs.pop("output_loading_info", False)
@@ -337,9 +292,13 @@ class MoEModelMixin:
             )
         except SafetensorError as error:
             raise damaged(error, source) from error
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            if not Path(source).is_dir() or not (why := why_incomplete(Path(source), kwargs)):
+                raise
+            raise incomplete(why, source) from error
         check_loaded(model.config.moe_family, info, source, ignore_mismatched=ignore_mismatched)
-        check_in_memory(placed_layers(model).values())
         check_blocks([layer.experts for layer in placed_layers(model).values()], source)
+        check_reachable(model, kwargs.get("device_map"))
         return (model, info) if with_info else model
 
 

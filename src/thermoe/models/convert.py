@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from thermoe.errors import ConversionError, UnknownNameError
 from thermoe.models.classes import base_model_of, build_layer, moe_config_class, moe_model_class, place_layer
-from thermoe.models.families import FFNWeights, family_of
+from thermoe.models.families import Family, FFNShape, FFNWeights, family_of
 from thermoe.models.neurons import Grouping, check_widths, divide_neurons, largest_neurons, order_neurons
 from thermoe.moe.experts import Experts
 from thermoe.moe.layer import MoELayer
@@ -101,7 +101,7 @@ def _shards(ffn_width: int, num_experts: int, method: Method, groups: int | None
         )
     if method == "copy":
         return 1
-    shards = num_experts if method == "partition" else (groups or 2)
+    shards = num_experts if method == "partition" else (2 if groups is None else groups)
     if method == "virtual" and (shards < 1 or num_experts % shards):
         raise ConversionError(
             f"{num_experts} experts cannot be {shards} shards in equal numbers of copies",
@@ -242,11 +242,13 @@ def convert_to_moe(
     num_experts, shared_size = _whole("num_experts", num_experts), _whole("shared_size", shared_size)
     top_k = None if top_k is None else _whole("top_k", top_k)
     groups = None if groups is None else _whole("groups", groups)
+    seed = _whole("seed", seed)
     base = base_model_of(model)
     blocks = base.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     chosen = _chosen_blocks(len(blocks), layers)
     dense_config: Any = model.config
+    _check_blocks(blocks, chosen, family, dense_config)
     config_class: Any = type(dense_config)
     ffn_width = family.shape(dense_config).intermediate_size
     shards = _shards(ffn_width, num_experts, method, groups, shared_size, widths)
@@ -306,9 +308,9 @@ def _check_numbers(num_experts: int, top_k: int, method: Method, shards: int, no
             fix=f"use top_k={max(shards, top_k // shards * shards)}, or other groups",
         )
     for name, value, most in (("noise", noise, float("inf")), ("reinit_frac", reinit_frac, 1.0)):
-        if not 0 <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise ConversionError(
-                f"{name} is {value}",
+                f"{name} is {value!r}",
                 where=name,
                 accepted="a number of at least 0" if most > 1 else "0 to 1",
                 fix=f"leave {name} out for 0",
@@ -331,11 +333,67 @@ def _check_model(model: Any) -> None:
             accepted="a model loaded with from_pretrained or an Auto class",
             fix="load it with transformers.AutoModelForCausalLM, AutoModel or the class of its head",
         )
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        kind = getattr(getattr(model.config, "quantization_config", None), "quant_method", "unknown method")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ConversionError(
+            "weights of the model are offloaded or not loaded (they are on the meta device), and cannot be divided",
+            where="model",
+            accepted="a model whose weights are all in memory",
+            fix="load it without device_map, convert it and save it; the result may be loaded with any device_map",
+        )
+    said = getattr(model.config, "quantization_config", None)
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None or said:
+        said = said if isinstance(said, dict) else vars(said or object)
+        kind = said.get("quant_method", "unknown method")
         raise ConversionError(
             f"the weights are quantised ({kind}) and cannot be divided among experts",
             where="model",
             accepted="float32, bfloat16 or float16 weights",
             fix="load the model without quantization_config, convert it, and quantise the result",
         )
+
+
+def _check_blocks(blocks: nn.ModuleList, chosen: list[int], family: Family, config: Any) -> None:
+    """Refuse feed-forward networks that are not what the configuration and the family's row say."""
+    if len(blocks) != config.num_hidden_layers:
+        raise ConversionError(
+            f"the model has {len(blocks)} blocks, its configuration says {config.num_hidden_layers}",
+            where="config.num_hidden_layers",
+            accepted="a model that its configuration describes, or the result could not be loaded again",
+            fix="correct the configuration: model.config.num_hidden_layers = len(...)",
+        )
+    shape = family.shape(config)
+    for i in chosen:
+        why = _why_unfit(blocks[i], family, shape)
+        if why:
+            raise ConversionError(
+                f"the feed-forward network of block {i} {why}",
+                where=f"{family.blocks}.{i}.{family.place}",
+                accepted=f"the plain network of {family.model_type}: {shape.intermediate_size} neurons of width "
+                f"{shape.hidden_size} as config.json says, in float64, float32, bfloat16 or float16, without adapters",
+                fix="merge adapters (merge_and_unload), undo quantisation, or leave this block out with layers=[...]",
+            )
+
+
+def _why_unfit(block: nn.Module, family: Family, shape: FFNShape) -> str | None:
+    wide, narrow = (shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
+    try:
+        ffn = family.read(block)
+        replaced = [block.get_submodule(path) for path in (family.place, *family.passed)]
+    except AttributeError as error:
+        return f"is not the one that is known: {error}"
+    for name, weight, expected in (("gate", ffn.gate, wide), ("up", ffn.up, wide), ("down", ffn.down, narrow)):
+        if weight is None:
+            continue
+        if tuple(weight.shape) != expected:
+            return f"has a {name} projection of {tuple(weight.shape)}"
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"has a {name} projection in {weight.dtype}, quantised or no weights at all"
+    read = [ffn.gate, ffn.gate_bias, ffn.up, ffn.up_bias, ffn.down, ffn.down_bias]
+    held = sum(p.numel() for module in replaced for p in module.parameters())
+    known = sum(weight.numel() for weight in read if weight is not None)
+    if held != known:
+        return f"holds {held} weights, of which {known} are known: it has adapters or other parts that would be lost"
+    inner = (ffn.up_bias, ffn.gate_bias) if shape.gated else (ffn.up_bias,)
+    if any((bias is not None) != shape.up_bias for bias in inner) or (ffn.down_bias is not None) != shape.down_bias:
+        return "has biases where the configuration says none, or the other way round"
+    return None

@@ -48,7 +48,9 @@ def model_size(model: nn.Module) -> dict[str, int]:
         `parameters`; `active_parameters`, the most: those of the widest top_k experts; and `active_parameters_min`, the
         least: those of the narrowest. The last two are equal where all experts of a layer are alike.
     """
-    total = sum(p.numel() for p in model.parameters())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # Where weights are offloaded, one that is tied to another is listed twice.
+    total = sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
     least_idle = most_idle = 0
     for _, layer in moe_layers(model):
         assert isinstance(layer.router, Router)

@@ -49,6 +49,15 @@ def _takes_grouped(rows: Tensor, weight: Tensor) -> bool:
     return all(width * weight.element_size() % 16 == 0 for width in weight.shape[1:])
 
 
+def rows_are_independent(rows: Tensor) -> bool:
+    """Whether the bits of a row's product stay the same however many rows its expert has.
+
+    So for `F.grouped_mm` in bfloat16 on SM90 and newer, whose tiles follow from shapes alone; elsewhere each expert's
+    rows are a matrix product of their own, which rounds by its size.
+    """
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+
+
 def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
     """Multiply each expert's run of ``rows`` by its weight. Rows behind the last run may hold anything.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from thermoe.errors import ConfigError, near_match
+from thermoe.moe.offload import check_readable
 
 #: The most matrices that `grouped_mm` takes.
 MAX_BLOCKS = 1023
@@ -228,8 +229,33 @@ class Experts(nn.Module):
         gate, value = up.chunk(2, dim=-1)
         return self.act_fn(gate) * value
 
+    def forward(
+        self, x_TD: Tensor, expert_index: Tensor | None = None, weights: Tensor | None = None, *, backend: str = "auto"
+    ) -> Tensor:
+        """Return sum_k w_tk * expert_{i_tk}(x_t), or the sum of all experts where no choice is given.
+
+        Calling the module rather than `run_experts` lets accelerate bring offloaded weights in.
+
+        Args:
+            x_TD: (T, D).
+            expert_index: int64 (T, K), E meaning "no expert"; ``None`` for every expert with weight 1.
+            weights: (T, K), 0 where there is no expert; ``None`` with ``expert_index``.
+            backend: see `run_experts`.
+
+        Returns:
+            (T, D) in the dtype of ``x_TD``.
+        """
+        if expert_index is None or weights is None:
+            outputs = self.forward_blocks(x_TD)
+            return outputs[0] if self.num_blocks == 1 else outputs.sum(0)
+        from thermoe.moe.dispatch import run_experts  # it knows this class
+
+        check_readable(self.down_proj, x_TD, where="Experts.forward")
+        return run_experts(x_TD, expert_index, weights, self, backend=backend)
+
     def forward_blocks(self, x_TD: Tensor) -> Tensor:
         """Run every block on every token: (T, D) -> (G, T, D)."""
+        check_readable(self.down_proj, x_TD, where="Experts.forward_all")
         up = torch.einsum("td,efd->etf", x_TD, self.up_weight)
         if self.up_bias is not None:
             up = up + self.up_bias.unsqueeze(1)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from thermoe.errors import RoutingError
 from thermoe.moe.decision import RoutingContext, RoutingDecision
-from thermoe.moe.dispatch import run_experts
 from thermoe.moe.experts import Experts
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 
@@ -93,7 +92,7 @@ class MoELayer(Routed):
                     accepted=f"bool of shape {(batch, length)}, or None",
                     fix="set padding_mask for this forward, or to None",
                 )
-            mask = mask.reshape(-1).bool()
+            mask = mask.reshape(-1).to(hidden_states.device, torch.bool)  # layers may be spread over devices
         noted = (_per_token(value, batch, length, hidden_states.device) for value in (self.token_ids, self.positions))
         return RoutingContext(batch, length, mask, *noted)
 
@@ -103,11 +102,11 @@ class MoELayer(Routed):
         decision: RoutingDecision = self.router(x_TD, self._context(hidden_states))
         self.last_routing = decision if torch.is_grad_enabled() else decision.detach()
         index, weights = decision.pairs()
-        y_TD = run_experts(x_TD, index, weights, self.experts, backend=self.backend)
+        y_TD = self.experts(x_TD, index, weights, backend=self.backend)
         if decision.num_identity:
             y_TD = y_TD + x_TD * decision.identity_weight()
         if self.shared is not None:
-            y_TD = y_TD + self.shared.forward_all(x_TD)[0]
+            y_TD = y_TD + self.shared(x_TD)
         if self.output_bias is not None:
             y_TD = y_TD + self.output_bias
         return self.dropout(y_TD).view_as(hidden_states)

@@ -194,12 +194,6 @@ class Router(nn.Module):
                 setattr(self, name, value.to(moved.device))
         return self
 
-    def observe(self, decision: RoutingDecision) -> None:
-        """Take note of a training micro-batch, once it has been learnt from; the base does nothing."""
-
-    def after_step(self) -> None:
-        """Move what is not moved by gradients, after an optimiser step; the base does nothing."""
-
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate}"

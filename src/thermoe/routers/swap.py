@@ -10,6 +10,7 @@ from torch import nn
 
 from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.layer import Routed, routed_modules
+from thermoe.moe.offload import readable
 from thermoe.routers import alternatives, balanced, dynamic, null, priced, topk  # noqa: F401  (fills the registry)
 from thermoe.routers.base import ROUTERS, Router
 
@@ -165,10 +166,10 @@ def _successor(layer: Routed, name: str, options: Mapping[str, Any]) -> Router:
     settings = dict(options)
     top_k = settings.pop("top_k", old.top_k)
     known = build_router(name, old.hidden_size, old.num_experts, top_k).options()
-    inherited = {key: value for key, value in old.options().items() if key in known}
-    new = build_router(name, old.hidden_size, old.num_experts, top_k, {**inherited, **settings})
-    new.to(device=old.weight.device, dtype=old.weight.dtype)
-    with torch.no_grad():
+    with readable(old), torch.no_grad():  # the new router stays in memory where the old one was offloaded
+        inherited = {key: value for key, value in old.options().items() if key in known}
+        new = build_router(name, old.hidden_size, old.num_experts, top_k, {**inherited, **settings})
+        new.to(device=old.weight.device, dtype=old.weight.dtype)
         new.weight.copy_(old.weight)
         new.ramp.copy_(old.ramp)
         learned = _own_state(old) if type(old) is type(new) else {}
