@@ -126,6 +126,12 @@ class Router(nn.Module):
         weights = self.combine_weights(probabilities, index).to(x_TD.dtype)
         return RoutingDecision(logits, probabilities, index, weights, context.padding_mask)
 
+    def observe(self, decision: RoutingDecision) -> None:
+        """Take note of one training micro-batch, on the device and without waiting for it; nothing by default."""
+
+    def after_step(self) -> None:
+        """Adapt to what was observed since the last call; nothing by default."""
+
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate}"
