@@ -32,7 +32,7 @@ from thermoe.results import RunFolder
 from thermoe.runtime import environment_fingerprint
 from thermoe.telemetry import EnergyMeter
 
-#: name: (block, router, router options, balance as multiples of --alpha). `load_std` has twice the gradient of `switch`.
+#: name: (block, router, its options, balance in multiples of --alpha); `load_std` has twice the gradient of `switch`.
 ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
     "dense": ("dense", "topk", {}, {}),
     "mixtral": ("mixtral", "topk", {}, {}),
@@ -75,7 +75,8 @@ class MasterAdamW:
             group["lr"] = lr
         self.adamw.step()
         if self.low:
-            torch._foreach_copy_(self.low, self.masters)
+            with torch.no_grad():
+                torch._foreach_copy_(self.low, self.masters)
         self.model.zero_grad(set_to_none=True)
         return norm
 

@@ -158,7 +158,8 @@ def judge_convergence(
     if fall + half < threshold_nats:
         return _verdict("flat", f"{stated}, under the threshold of {threshold_nats:.3f}", numbers, len(last_third))
     if fall - half > 0:
-        text = f"{stated}, and may be above the threshold of {threshold_nats:.3f}"
+        how = "above" if fall - half >= threshold_nats else "and may be above"
+        text = f"{stated}, {how} the threshold of {threshold_nats:.3f}"
         return _verdict("improving", text, numbers, len(last_third))
     text = f"{stated}; too noisy to tell it from the threshold of {threshold_nats:.3f}"
     return _verdict("uncertain", text, numbers, len(last_third))
