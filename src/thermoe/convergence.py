@@ -84,15 +84,15 @@ def t95(degrees: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return the mean and its 95 % t interval; the ends are ``None`` with fewer than two values.
+    """Return the mean and its 95 % t interval; the ends are ``None`` with fewer than two values or one not finite.
 
     Raises:
         ConfigError: there is no value.
     """
     if not values:
         raise ConfigError("no value to average", where="mean_interval", accepted="one or more", fix="give values")
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, None, None
     half = t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half

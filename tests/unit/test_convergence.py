@@ -107,5 +107,6 @@ def test_mean_interval() -> None:
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert (mean, low, high) == pytest.approx((2.0, 2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
     assert mean_interval([2.0]) == (2.0, None, None)
+    assert mean_interval([2.0, math.inf]) == (math.inf, None, None)
     with pytest.raises(ConfigError, match="no value"):
         mean_interval([])

@@ -16,6 +16,7 @@ from thermoe.compare.arms import ARMS, Arm, Prepared, Scorer
 from thermoe.compare.progress import Reporter
 from thermoe.compare.spec import CompareSpec
 from thermoe.compare.stages import Corpus, choose_price, prepare_corpus, prepare_dense, prepare_moe
+from thermoe.compare.study_spec import StudySpec
 from thermoe.data import Segment
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.profile import ProfileKey, load_cost_model
@@ -57,7 +58,7 @@ def run_comparison(
     _check_telemetry(spec.telemetry)
     new_folder = not Path(out).exists()
     run = RunFolder.create(out, resume=resume)
-    before = _check_same_run(run, spec)
+    before = check_same_run(run, spec)
     if device.name == "cpu":
         torch.set_num_threads(max(1, min(torch.get_num_threads(), 16)))
     arms = {name: ARMS.get(name) for name in spec.arms}
@@ -150,7 +151,7 @@ def _cost_model(moe: nn.Module, meter: EnergyMeter, device: str, run: RunFolder,
     return cost
 
 
-def _check_same_run(run: RunFolder, spec: CompareSpec) -> bool:
+def check_same_run(run: RunFolder, spec: CompareSpec | StudySpec) -> bool:
     """Return whether the folder holds an earlier run, after checking that it is one of ``spec``."""
     manifest = run.manifest
     if not manifest:

@@ -254,7 +254,18 @@ def load_spec(preset: str = "demo", overrides: typing.Sequence[str] = ()) -> Com
     text = files("thermoe").joinpath("compare", "presets", f"{preset}.yaml").read_text(encoding="utf-8")
     spec = CompareSpec()
     for path, value in _flatten(yaml.safe_load(text) or {}):
-        _assign(spec, path, value)
+        assign(spec, path, value)
+    apply_overrides(spec, overrides)
+    spec.check()
+    return spec
+
+
+def apply_overrides(spec: Any, overrides: typing.Sequence[str]) -> None:
+    """Apply ``key.path=value`` texts to a configuration of nested dataclasses.
+
+    Raises:
+        ConfigError: a text sets nothing, an unknown key, or a value of the wrong type.
+    """
     for override in overrides:
         path, separator, raw = override.partition("=")
         if not separator:
@@ -264,9 +275,7 @@ def load_spec(preset: str = "demo", overrides: typing.Sequence[str] = ()) -> Com
                 accepted="key.path=value, for example moe.num_experts=16",
                 fix="write the key, an equals sign and the value",
             )
-        _assign(spec, path.strip(), _Raw(raw))
-    spec.check()
-    return spec
+        assign(spec, path.strip(), _Raw(raw))
 
 
 class _Raw(str):
@@ -292,7 +301,7 @@ def _keys(spec: Any, prefix: str = "") -> typing.Iterator[str]:
             yield f"{prefix}{entry.name}"
 
 
-def _assign(spec: CompareSpec, path: str, value: Any) -> None:
+def assign(spec: Any, path: str, value: Any) -> None:
     """Set one dotted key, after checking that it exists and that the value has its type."""
     owner: Any = spec
     *parents, name = path.split(".")
