@@ -132,9 +132,15 @@ def draw_learning(
 
 
 def draw_bands(
-    axes: Any, arms: Mapping[str, ArmCurves], theme: Theme, *, metric: str = "nll", skip_frac: float = 0.05
+    axes: Any,
+    arms: Mapping[str, ArmCurves],
+    theme: Theme,
+    *,
+    metric: str = "nll",
+    skip_frac: float = 0.05,
+    opacity: float = 0.12,
 ) -> None:
-    """Draw the arms of one panel."""
+    """Draw the arms of one panel; ``opacity`` is that of the bands."""
     for place, curves in enumerate(arms.values()):
         points = band(curves.values(metric))
         if not points:
@@ -145,7 +151,7 @@ def draw_bands(
         axes.plot(x, [point[1] for point in points], color=style.color, ls=style.dash, lw=1.6, label=curves.title)
         if points[0][2] is not None:
             low, high = [point[2] for point in points], [point[3] for point in points]
-            axes.fill_between(x, low, high, color=style.color, alpha=0.12, lw=0)
+            axes.fill_between(x, low, high, color=style.color, alpha=opacity, lw=0)
 
 
 def learning_table(arms: Mapping[str, ArmCurves]) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def draw_collapse(data: RunData, theme: Theme) -> Figure | None:
         return None
     rows = len(arms)
     figure = Figure(figsize=(WIDTH_IN, 4.2 + 0.72 * rows))
-    outer = figure.add_gridspec(2, 1, height_ratios=(2.6, 0.66 * rows), left=0.19, right=0.87, top=0.955, bottom=0.1)
+    outer = figure.add_gridspec(2, 1, height_ratios=(2.6, 0.66 * rows), left=0.205, right=0.87, top=0.955, bottom=0.1)
     outer.update(hspace=0.28)
     top = outer[0].subgridspec(1, len(starts), wspace=0.24)
     below = outer[1].subgridspec(rows, len(starts), wspace=0.24, hspace=0.22)
@@ -86,7 +86,7 @@ def draw_collapse(data: RunData, theme: Theme) -> Figure | None:
     for j, start in enumerate(starts):
         axes = figure.add_subplot(top[0, j], sharey=first)
         first = first or axes
-        draw_bands(axes, panels[start], theme, skip_frac=0.08)
+        draw_bands(axes, panels[start], theme, skip_frac=0.08, opacity=0.05)
         axes.set_title(f"{start} start")
         axes.set_xlabel("Training tokens", fontsize=9.5)
         axes.ticklabel_format(axis="x", style="plain")
