@@ -164,7 +164,14 @@ def summarise_study(run: RunFolder, spec: StudySpec) -> None:
         for prediction in spec.definitions[arm].predictions:
             if prediction.reference is not None and prediction.reference[0] not in spec.arms:
                 continue  # the arm compared with was left out of this study
-            run.append("verdict", arm=arm, **check_prediction(spec, arm, prediction, results))
+            at = results if prediction.step is None else _results_at(run, prediction.step)
+            run.append("verdict", arm=arm, **check_prediction(spec, arm, prediction, at))
+
+
+def _results_at(run: RunFolder, step: int) -> dict[Key, dict[str, Any]]:
+    """Return the last validation of each training at or before a step."""
+    rows = sorted((row for row in run.rows("point") if row["step"] <= step), key=lambda row: int(row["step"]))
+    return {(row["arm"], row["start"], row["seed"]): row for row in rows}
 
 
 def _interval(values: list[float]) -> dict[str, float | None]:
@@ -181,7 +188,7 @@ def check_prediction(
         spec: the study.
         arm: the arm it is about.
         prediction: what was expected.
-        results: the last row of each training by (arm, start, seed).
+        results: the row of each training that counts, by (arm, start, seed).
 
     Returns:
         `holds` (true, false or ``None`` where the interval leaves it open), `text`, and the numbers.
@@ -207,10 +214,11 @@ def check_prediction(
     bound = f"within {prediction.margin:g} of {compared}" if prediction.relation == "near" else ""
     more = f" plus {prediction.margin:g}" if prediction.margin and not bound else ""
     bound = bound or f"{prediction.relation} {compared}{more}"
+    when = "" if prediction.step is None else f"at step {prediction.step}, "
     said = {True: "As predicted", False: "Not as predicted", None: "Left open"}[holds]
     return {
         "holds": holds,
-        "text": f"{said}: {spec.definitions[arm].title}, {prediction.start} start, {prediction.text}. "
+        "text": f"{said}: {spec.definitions[arm].title}, {prediction.start} start, {when}{prediction.text}. "
         f"Condition: {METRICS[prediction.metric]} {bound}. Found: {words}{shown} ({spread}).",
         "start": prediction.start,
         "metric": prediction.metric,

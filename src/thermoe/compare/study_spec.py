@@ -42,6 +42,7 @@ class Prediction:
         relation: below, above or near.
         value: the number compared with, when ``reference`` is ``None``.
         reference: (arm, start) compared with, seed by seed.
+        step: the training step it speaks of; the last validation before it counts; ``None`` is the end of training.
         margin: of `near`: the largest distance; else what is added to the value compared with.
     """
 
@@ -52,6 +53,7 @@ class Prediction:
     value: float | None = None
     reference: tuple[str, str] | None = None
     margin: float = 0.0
+    step: int | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from thermoe.compare.study_spec import (
 from thermoe.compare.study_trial import Trial, evaluate, lr_at, run_trial, set_start
 from thermoe.errors import ConfigError, RunFolderError, UnknownNameError
 from thermoe.models.frame import build_frame
+from thermoe.results import RunFolder
 from thermoe.routers.base import ROUTERS
 
 TINY = [
@@ -171,3 +172,10 @@ def test_a_study_cut_short_goes_on_with_what_is_left(tmp_path: Path, monkeypatch
     assert len(list(run.rows("verdict"))) == 5
     with pytest.raises(RunFolderError, match="another configuration"):
         run_study(load_study("collapse", TINY), tmp_path / "run", name="x", resume=True)
+
+
+def test_a_prediction_of_a_step_looks_at_the_validation_before_it(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    for step in (0, 20, 10, 30):
+        run.append("point", arm="none", start="balanced", seed=0, step=step, nll=float(step))
+    assert study._results_at(run, 25)["none", "balanced", 0]["nll"] == 20.0
