@@ -21,6 +21,8 @@ app = typer.Typer(
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from thermoe.results import RunFolder
+
 _state = {"debug": False}
 
 
@@ -77,11 +79,9 @@ def demo(
         return
     _quiet_libraries()
     from rich.console import Console
-    from rich.markup import escape
 
     from thermoe.compare.runner import run_comparison
     from thermoe.progress import Reporter
-    from thermoe.report import build_report, summary_table
 
     console = Console()
     reporter = Reporter(console)
@@ -94,14 +94,49 @@ def demo(
     except KeyboardInterrupt:  # typer ends the program with exit code 130
         typer.echo("interrupted; give the same command with --resume to go on", err=True)
         raise
-    report = build_report(run.path)
-    console.print()
-    console.print(summary_table(run.path, width=console.width))
-    for row in run.rows("verdict"):
-        mark = {True: "[green]yes[/green]", False: "[red]no[/red] ", None: "-  "}[row["holds"]]
-        console.print(f"{mark} {escape(row['text'])}", highlight=False)
-    _print_path(console, "\nreport:", report)
-    _print_path(console, "rows:  ", run.path / "rows.jsonl")
+    _show_results(console, run)
+
+
+@app.command()
+def compare(
+    preset: Annotated[str, typer.Option(help="A name from `thermoe list presets`.")] = "collapse",
+    out: Annotated[Path | None, typer.Option(help="Run folder; must be new or empty. [default: runs/PRESET]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run in the same folder.")] = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print every setting and stop.")] = False,
+) -> None:
+    """Compare arms: a study of trainings (collapse), or the arms of a stream (demo, smoke), and write a report.
+
+    The study `collapse` trains one small MoE with no cure and with each cure of routing collapse, from a balanced and
+    from a collapsed start, over several seeds, and holds what happens against what the theory predicts.
+    """
+    from thermoe.compare.study_spec import load_study, study_names
+
+    folder = out or Path("runs") / preset
+    if preset not in study_names():
+        demo(out=folder, preset=preset, set_=set_, resume=resume, show_config=show_config)
+        return
+    import yaml
+
+    spec = load_study(preset, set_)
+    if show_config:
+        typer.echo(yaml.safe_dump(spec.as_dict(), sort_keys=False).rstrip())
+        return
+    _quiet_libraries()
+    from rich.console import Console
+
+    from thermoe.compare.study import run_study
+    from thermoe.progress import Reporter
+
+    console = Console()
+    try:
+        run = run_study(spec, folder, name=preset, resume=resume, reporter=Reporter(console))
+    except KeyboardInterrupt:  # typer ends the program with exit code 130
+        typer.echo("interrupted; give the same command with --resume to go on", err=True)
+        raise
+    _show_results(console, run)
 
 
 @app.command()
@@ -317,7 +352,7 @@ _KINDS = {
     "sources": ("thermoe.telemetry.source", "SOURCES"),
     "arms": ("thermoe.compare.arms", "ARMS"),
     "families": ("thermoe.models.families", "FAMILIES"),
-    "presets": ("thermoe.compare.spec", "preset_names"),
+    "presets": ("thermoe.compare.study_spec", "preset_kinds"),
     "training-presets": ("thermoe.training.spec", "preset_names"),
 }
 
@@ -337,6 +372,22 @@ def list_(
     found = getattr(import_module(module), attribute)
     for name in found() if callable(found) else found:
         typer.echo(name)
+
+
+def _show_results(console: Console, run: RunFolder) -> None:
+    """Write the report of a finished run; print its table, its verdicts and where everything lies."""
+    from rich.markup import escape
+
+    from thermoe.report import build_report, summary_table
+
+    report = build_report(run.path)
+    console.print()
+    console.print(summary_table(run.path, width=console.width))
+    for row in run.rows("verdict"):
+        mark = {True: "[green]yes[/green]", False: "[red]no[/red] ", None: "-  "}[row["holds"]]
+        console.print(f"{mark} {escape(row['text'])}", highlight=False)
+    _print_path(console, "\nreport:", report)
+    _print_path(console, "rows:  ", run.path / "rows.jsonl")
 
 
 def _print_path(console: Console, label: str, path: Path) -> None:

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "routers": _BASE | {"moe"},
     "energy": _BASE | {"moe", "telemetry"},
     "models": _BASE | {"moe", "routers"},
+    "convergence": {"errors"},
     "data": _BASE,
     "evaluation": _BASE | {"moe", "routers", "models", "energy", "data"},
     "training": _BASE
@@ -43,8 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "evaluation"},
     "compare": _BASE
     | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"}
-    | {"energy_callback", "config", "progress"},
-    "report": {"results", "errors"},
+    | {"energy_callback", "config", "progress", "convergence"},
+    "report": {"results", "errors", "convergence"},
     "testing": _BASE | {"moe", "routers", "models", "telemetry", "energy", "data"},
     "__main__": {"cli"},
     "__init__": {"models"},  # the finder that teaches transformers our model type; the test of weight below bounds it
@@ -106,7 +107,8 @@ def test_nothing_imports_testing() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if _part(path) in ("report", "telemetry", "results", "errors", "registry")]
+    "path",
+    [path for path in FILES if _part(path) in ("report", "telemetry", "results", "errors", "registry", "convergence")],
 )
 def test_no_torch_where_a_sensor_or_a_report_is_read(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from thermoe.report.figures import RenderedFigure, render_figures
 from thermoe.report.findings import may_conclude, may_not_conclude, sources_of
 from thermoe.report.run_data import RunData, entry, number, section
+from thermoe.report.study import render_study, render_study_html
 from thermoe.report.wording import (
     NOT_MEASURED,
     Cell,
@@ -38,14 +39,16 @@ def build_report(run_path: str | Path) -> Path:
         RunFolderError: the folder holds no run, or its files are not as thermoe wrote them.
     """
     data = RunData.read(run_path)
-    figures = render_figures(data)
+    is_study = data.manifest.get("type") == "study"
+    figures = render_study(data) if is_study else render_figures(data)
     plots = data.path / "plots"
     plots.mkdir(exist_ok=True)
     for figure in figures:
         (plots / f"{figure.name}.png").write_bytes(figure.light)
     path = data.path / "report.html"
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_html(data, figures), encoding="utf-8")
+    page = render_study_html(data, figures, _shared(data, figures)) if is_study else render_html(data, figures)
+    partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -64,7 +67,6 @@ def render_html(data: RunData, figures: list[RenderedFigure]) -> str:
         finished=data.finished,
         artificial=" and ".join(data.artificial_sources),
         facts=_facts(data),
-        verdicts=_verdicts(data),
         arms=_arms_table(data),
         arm_texts=data.arms,
         has_summaries=bool(data.summaries),
@@ -74,18 +76,26 @@ def render_html(data: RunData, figures: list[RenderedFigure]) -> str:
         comparisons=_comparisons(data),
         accuracies=_accuracy_table(data),
         diversity=_diversity_table(data),
-        figures={figure.name: _embedded(figure) for figure in figures},
         seeds=data.seeds,
         unigram=_known(plain, data.manifest.get("unigram_ppl")),
         source_groups=sources_of(data).groups,
         cost_terms=_cost_terms(data),
         conclusions=may_conclude(data),
         limits=may_not_conclude(data),
-        environment=_flat(section(data.manifest, "environment")),
-        config=_flat(section(data.manifest, "config")),
-        durations=_durations(data),
-        command=_command(data),
+        **_shared(data, figures),
     )
+
+
+def _shared(data: RunData, figures: list[RenderedFigure]) -> dict[str, Any]:
+    """Return what every kind of report states."""
+    return {
+        "verdicts": _verdicts(data),
+        "figures": {figure.name: _embedded(figure) for figure in figures},
+        "environment": _flat(section(data.manifest, "environment")),
+        "config": _flat(section(data.manifest, "config")),
+        "durations": _durations(data),
+        "command": _command(data),
+    }
 
 
 def _embedded(figure: RenderedFigure) -> dict[str, Any]:

@@ -102,5 +102,10 @@ def arm_style(data: RunData, name: str, theme: Theme) -> ArmStyle:
     if name in REFERENCE_ARMS:
         return ArmStyle(theme.reference, ":", "|")
     names = [arm.name for arm in data.arms]
-    place = names.index(name) if name in names else len(names)
-    return ArmStyle(theme.arms[place % len(theme.arms)], _DASHES[place % len(_DASHES)], _MARKERS[place % len(_MARKERS)])
+    return style_at(names.index(name) if name in names else len(names), theme)
+
+
+def style_at(place: int, theme: Theme) -> ArmStyle:
+    """Return the style of the arm at a place; where the colours begin anew, dashes and markers are others."""
+    turn = place + place // len(theme.arms)
+    return ArmStyle(theme.arms[place % len(theme.arms)], _DASHES[turn % len(_DASHES)], _MARKERS[turn % len(_MARKERS)])

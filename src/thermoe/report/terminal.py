@@ -52,6 +52,10 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
         RunFolderError: the folder holds no run.
     """
     data = RunData.read(run_path)
+    if data.manifest.get("type") == "study":
+        from thermoe.report.study import study_table  # late: it brings matplotlib
+
+        return study_table(data)
     room = Console().width if width is None else width
     segments = [segment.name for segment in data.segments] if room >= _SEGMENTS_WIDTH else []
     full = room >= _FULL_WIDTH
