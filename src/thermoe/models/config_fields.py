@@ -48,7 +48,7 @@ FIELDS: dict[str, tuple[Any, Any, str, Callable[[Any], bool]]] = {
         _optional(lambda v: _whole(v, 1)),
     ),
     "expert_widths": (
-        list[int] | None, None, "a list with the neurons of each expert, or null where all are alike",
+        list[int] | None, None, "a list of integers of at least 1, the neurons of each expert, or null",
         _optional(lambda v: isinstance(v, (list, tuple)) and bool(v) and all(_whole(w, 1) for w in v)),
     ),
     "shared_intermediate_size": (int, 0, "an integer of at least 0", lambda v: _whole(v, 0)),
