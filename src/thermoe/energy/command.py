@@ -114,7 +114,7 @@ def run_calibration(
                 "reason": "energy is not that of the device the layers run on",
             }
         if device.name == "cuda":
-            how = "in CUDA graphs" if default_backend(torch.device("cuda"), DTYPES[dtype]) == "grouped" else "eager"
+            how = "in CUDA graphs" if default_backend(torch.device("cuda"), DTYPES[dtype]) != "loop" else "eager"
             console.print(
                 f"experts run {how} ({dtype}); graphs need bfloat16 on a GPU of compute capability 9.0 or more"
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from thermoe.errors import RoutingError
 from thermoe.moe.decision import RoutingContext, RoutingDecision
+from thermoe.moe.dispatch import find_backend
 from thermoe.moe.experts import Experts
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 
@@ -70,6 +71,7 @@ class MoELayer(Routed):
         self.output_bias = nn.Parameter(torch.zeros(experts.hidden_size)) if output_bias else None
         self.dropout = nn.Dropout(dropout)
         self.backend = backend
+        find_backend(backend)  # an unknown name is an error now, not in the first forward
         self.last_routing: RoutingDecision | None = None
         self.padding_mask: Tensor | None = None
         self.call_shape: tuple[int, int] | None = None
