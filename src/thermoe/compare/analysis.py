@@ -116,7 +116,7 @@ def _summary(
         },
         "accuracy_corrected": _accuracy(arm, segments, rows),
         "effective_experts": _mean(row["effective_experts"] for row in loads),
-        "dead_experts": sum(row["dead_experts"] for row in loads) if loads else None,
+        "dead_experts": _total(row["dead_experts"] for row in loads),
         "experts_per_token": _mean(row["experts_per_token"] for row in own),
         "distinct_experts": _mean(row["distinct_experts"] for row in own),
         "j_per_token_modelled": {
@@ -131,6 +131,12 @@ def _summary(
         },
         "tokens_per_s": sum(row["tokens"] for row in own) / sum(row["duration_s"] for row in own) if own else None,
     }
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """Sum of counts; ``None`` when there is none or one of them is unknown."""
+    known = list(counts)
+    return None if not known or None in known else sum(count for count in known if count is not None)
 
 
 def _compare(

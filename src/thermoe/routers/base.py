@@ -8,7 +8,7 @@ Shape letters: T tokens, E experts, K slots per token, D model width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,15 @@ class Router(nn.Module):
         fast: what test-time training moves, or ``None``.
         active_top_k: when set, an integer of at most ``top_k`` used instead of it (random k in recovery training).
 
+        fixed_k: class attribute, whether a token always wants all K slots, so that an empty one was dropped by a
+            capacity. A subclass that leaves slots empty for another reason sets it to false.
+
     Raises:
         RoutingError: ``top_k`` is not in 1..E.
         UnknownNameError: no such gate.
     """
+
+    fixed_k: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized") -> None:
         super().__init__()

@@ -8,7 +8,7 @@ set, because a capacity makes a token's output depend on what else is in the bat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class TopKRouter(Router):
     Raises:
         ConfigError: a capacity factor or the temperature is not above 0, or G does not divide E and k.
     """
+
+    fixed_k: ClassVar[bool] = True
 
     def __init__(
         self,
