@@ -70,7 +70,7 @@ DEFAULT_COEFFICIENTS: dict[str, float] = {
     "importance": 1e-1,
     "entropy": 1e-1,
     "entropy_marginal": 1e-1,
-    "entropy_token": 1e-3,
+    "entropy_token": 1e-2,
     "kl_uniform": 1e-1,
     "kl_uniform_reverse": 1e-1,
     "z_loss": 1e-3,

@@ -102,5 +102,9 @@ def arm_style(data: RunData, name: str, theme: Theme) -> ArmStyle:
     if name in REFERENCE_ARMS:
         return ArmStyle(theme.reference, ":", "|")
     names = [arm.name for arm in data.arms]
-    place = names.index(name) if name in names else len(names)
+    return line_style(names.index(name) if name in names else len(names), theme)
+
+
+def line_style(place: int, theme: Theme) -> ArmStyle:
+    """Return the style of the line at ``place`` among several."""
     return ArmStyle(theme.arms[place % len(theme.arms)], _DASHES[place % len(_DASHES)], _MARKERS[place % len(_MARKERS)])
