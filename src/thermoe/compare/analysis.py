@@ -188,14 +188,16 @@ def _verdicts(
                 evals["dense"] < 0.5 * unigram,
             )
         )
-    if "baseline" in summary and summary["baseline"]["dead_experts"] is not None:
+    if "baseline" in summary and summary["baseline"]["effective_experts"] is not None:
         dead = summary["baseline"]["dead_experts"]
-        experts = manifest["moe"]["num_experts"]
+        found = f"{dead} experts of any layer were dead in some segment"
+        if dead is None:
+            found = "a segment has too few tokens to tell whether an expert is dead"
         said.append(
             (
-                f"The baseline router keeps {summary['baseline']['effective_experts']:.1f} of {experts} experts "
-                f"effectively in use; {dead} experts of any layer were dead in some segment.",
-                dead == 0,
+                f"The baseline router keeps {summary['baseline']['effective_experts']:.1f} of "
+                f"{manifest['moe']['num_experts']} experts effectively in use; {found}.",
+                None if dead is None else dead == 0,
             )
         )
     if {"baseline", "priced"} <= set(summary):
