@@ -5,9 +5,10 @@ The router starts with a large score for two experts on a feature that every tok
 router (k = 2, renormalised weights), at 400 steps, over six seeds: without a cure two experts remain; `load_std`
 comes back to 7.5-7.9 effective experts, `kl_uniform` to 7.4-7.9, sampling at temperature 2 to 7.0-7.8, the default
 terms to 5.7-7.4, all without a dead expert. So do the other forms, with the z-loss beside them (three seeds):
-`load_std_root` at 0.03 7.9-8.0 (at 0.01 5.8-7.9), `entropy_marginal` 7.2-7.7, `kl_uniform_reverse` 7.4-7.6. `switch_hf` at the coefficient of Mixtral gets to 4.8-5.3 with
-two dead experts. `entropy_token` at 0.01 frees 5.4-7.4, but with twice the error: the experts come back, the choice
-among them does not. `importance` changes nothing, at 0.1 as at 0.01: its gradient reaches chosen experts only.
+`load_std_root` at 0.03 7.9-8.0 (at 0.01 5.8-7.9), `entropy_marginal` 7.2-7.7, `kl_uniform_reverse` 7.4-7.6.
+Alone, `switch_hf` at the coefficient of Mixtral gets to 4.8-5.3 with two dead experts, and `entropy_token` at 0.01
+frees 5.4-7.4 (one dead in one seed) at twice the error: the experts come back, the choice among them does not.
+`importance` changes nothing, at 0.1 as at 0.01: its gradient reaches chosen experts only.
 `entropy` frees most of them (5.3-7.1) and left one dead in two seeds of six: decisive routing is what it asks for.
 """
 
