@@ -116,7 +116,7 @@ def _summary(
         },
         "accuracy_corrected": _accuracy(arm, segments, rows),
         "effective_experts": _mean(row["effective_experts"] for row in loads),
-        "dead_experts": sum(row["dead_experts"] for row in loads) if loads else None,
+        "dead_experts": _total(row["dead_experts"] for row in loads),
         "experts_per_token": _mean(row["experts_per_token"] for row in own),
         "distinct_experts": _mean(row["distinct_experts"] for row in own),
         "j_per_token_modelled": {
@@ -131,6 +131,12 @@ def _summary(
         },
         "tokens_per_s": sum(row["tokens"] for row in own) / sum(row["duration_s"] for row in own) if own else None,
     }
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """Sum of counts; ``None`` when there is none or one of them is unknown."""
+    known = list(counts)
+    return None if not known or None in known else sum(count for count in known if count is not None)
 
 
 def _compare(
@@ -182,14 +188,16 @@ def _verdicts(
                 evals["dense"] < 0.5 * unigram,
             )
         )
-    if "baseline" in summary and summary["baseline"]["dead_experts"] is not None:
+    if "baseline" in summary and summary["baseline"]["effective_experts"] is not None:
         dead = summary["baseline"]["dead_experts"]
-        experts = manifest["moe"]["num_experts"]
+        found = f"{dead} experts of any layer were dead in some segment"
+        if dead is None:
+            found = "a segment has too few tokens to tell whether an expert is dead"
         said.append(
             (
-                f"The baseline router keeps {summary['baseline']['effective_experts']:.1f} of {experts} experts "
-                f"effectively in use; {dead} experts of any layer were dead in some segment.",
-                dead == 0,
+                f"The baseline router keeps {summary['baseline']['effective_experts']:.1f} of "
+                f"{manifest['moe']['num_experts']} experts effectively in use; {found}.",
+                None if dead is None else dead == 0,
             )
         )
     if {"baseline", "priced"} <= set(summary):

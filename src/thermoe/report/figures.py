@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from thermoe.report.balance import (
+    balance_history_figure,
+    draw_balance_history,
+    draw_load_history,
+    load_history_figure,
+)
 from thermoe.report.charts import draw_accuracy, draw_front, draw_loads, draw_perplexity
 from thermoe.report.curves import draw_stream, draw_training
-from thermoe.report.run_data import RunData
+from thermoe.report.run_data import Row, RunData
 from thermoe.report.style import DARK, DOTS_PER_INCH, LIGHT, Theme
 
 Draw = Callable[[RunData, Theme], Figure | None]
@@ -25,6 +32,8 @@ FIGURES: tuple[tuple[str, Draw, bool], ...] = (
     ("loads", draw_loads, True),
     ("accuracy", draw_accuracy, True),
     ("training", draw_training, False),
+    ("balance", draw_balance_history, False),
+    ("load_history", draw_load_history, False),
 )
 
 
@@ -65,3 +74,25 @@ def render_figures(data: RunData) -> list[RenderedFigure]:
             width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
             rendered.append(RenderedFigure(name, images[0], images[1], width, height))
     return rendered
+
+
+def save_balance_figures(rows: Iterable[Row], folder: str | Path, *, theme: Theme = LIGHT) -> list[Path]:
+    """Write ``balance`` and ``load_history`` of a training, each as PNG and SVG, and return the paths.
+
+    Args:
+        rows: as `CollapseMonitor.flush` returns them, with the `step` added.
+        folder: made if absent.
+        theme: colours.
+    """
+    folder, rows = Path(folder), list(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context({**theme.rc(), "svg.hashsalt": "thermoe"}):
+        for name, draw in (("balance", balance_history_figure), ("load_history", load_history_figure)):
+            figure = draw(rows, theme)
+            if figure is None:
+                continue
+            for kind, extra in (("png", {"dpi": DOTS_PER_INCH}), ("svg", {"metadata": {"Date": None}})):
+                written.append(folder / f"{name}.{kind}")
+                figure.savefig(written[-1], format=kind, **extra)
+    return written

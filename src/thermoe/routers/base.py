@@ -55,6 +55,8 @@ class Router(nn.Module):
         reads: fields of `RoutingContext` that the choice goes by, beside the layout and the padding.
         causal: whether a route depends on earlier tokens of its sequence alone. One that is not refuses to decode.
         top_k_is_mean: whether ``top_k`` is the mean number of experts per token, and `num_slots` the most.
+        fixed_k: whether a token always wants all K slots, so that an empty one was dropped by a
+            capacity. A subclass that leaves slots empty for another reason sets it to false.
 
     Raises:
         RoutingError: ``top_k`` is not in 1..E.
@@ -69,6 +71,7 @@ class Router(nn.Module):
 
     num_identity = 0
     num_zero = 0
+    fixed_k: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized") -> None:
         super().__init__()

@@ -21,7 +21,7 @@ Shape letters: T tokens, E experts, K slots, G groups, N tokens of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -132,6 +132,7 @@ class PricedRouter(TopKRouter):
         RoutingError: k_min is not in 0..top_k, a cost is negative or not finite, or the price is.
     """
 
+    fixed_k: ClassVar[bool] = False
     float32_buffers = ("price", "kappa", "pair_cost", "open_cost")
 
     price: Tensor

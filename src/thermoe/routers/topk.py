@@ -11,7 +11,7 @@ training, which lets experts that just miss the choice be tried.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class TopKRouter(Router):
     Raises:
         ConfigError: a capacity factor or the temperature is not above 0, or G does not divide E and k.
     """
+
+    fixed_k: ClassVar[bool] = True
 
     def __init__(
         self,

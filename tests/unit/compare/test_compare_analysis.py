@@ -174,6 +174,14 @@ def test_summary_equals_hand_computation(tmp_path: Path) -> None:
     assert summary(run)["oracle"]["accuracy_corrected"]["all"] == 1
 
 
+def test_dead_experts_are_unknown_where_too_few_tokens_were_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", dead=None)
+    summarise(run)
+    assert summary(run)["baseline"]["dead_experts"] is None
+    text, holds = verdict(run, "effectively in use")
+    assert "too few tokens" in text and holds is None
+
+
 def test_summary_rows_are_in_the_order_of_the_arms(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     summarise(run)
