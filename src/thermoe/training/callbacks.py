@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -145,8 +146,12 @@ class Watch(TrainerCallback):
             if name in ("lm_loss", "balance_loss", "grad_norm", *_ROUTING) or name.startswith(("aux_", "distill_")):
                 fields[name] = float(value)
         self.write("train", state.global_step, fields)
-        for row in self.trainer.routing_rows if self.trainer is not None else ():
+        if self.trainer is None:
+            return
+        for row in self.trainer.routing_rows:
             self.write("load", state.global_step, dict(row))
+        for alarm in self.trainer.monitor.raised if self.trainer.monitor is not None else ():
+            self.write("alarm", state.global_step, {k: v for k, v in asdict(alarm).items() if k != "step"})
 
 
 def energy_fields(logs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from thermoe.errors import ConfigError, DataError, MachineError, TrainingDiverge
 from thermoe.moe.layer import routed_modules
 from thermoe.training.callbacks import RouterSteps, Schedule, Watch, Write
 from thermoe.training.distill import Distiller
+from thermoe.training.language_loss import fused_loss
 from thermoe.training.settings import SCHEDULES, TrainSettings
 from thermoe.training.trainer import MoETrainer, OwnLoss, TokenRows, Validation, routers_of, validate
 
@@ -171,7 +172,8 @@ def train_language_model(
         if last is not None and checkpoint_step(last) >= settings.steps:  # the Trainer would take one step more
             trainer.take_up(last)
         else:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with fused_loss(model):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         for _, layer in routed_modules(model):
             layer.last_routing = None  # let go of the last step's autograd history

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thermoe.errors import CheckpointError, ConfigError, ThermoeError
 from thermoe.models.convert import convert_to_moe
-from thermoe.models.frame import build_frame
+from thermoe.models.frame import build_frame, native_aux_loss
 from thermoe.routers.swap import set_router
 from thermoe.training.spec import DENSE, TrainSpec
 from thermoe.training.texts import TrainingText
@@ -60,6 +59,7 @@ def load_model(folder: str, *, where: str) -> PreTrainedModel:
 def new_model(spec: TrainSpec, vocab_size: int) -> PreTrainedModel:
     """Return a new model of the sizes in ``spec``."""
     sizes = spec.model
+    vocab_size = -(-vocab_size // sizes.pad_vocab_to) * sizes.pad_vocab_to
     return build_frame(
         sizes.block,  # type: ignore[arg-type]
         vocab_size=vocab_size,
@@ -84,8 +84,7 @@ def own_losses(spec: TrainSpec) -> dict[str, OwnLoss]:
     """
     if spec.model.from_pretrained is not None or spec.model.block != "mixtral":
         return {}
-    compute = import_module("thermoe.models.frame").native_aux_loss
-    return {"aux_native": (spec.training.balance.get("switch", 0.0) / spec.model.top_k, compute)}
+    return {"aux_native": (spec.training.balance.get("switch", 0.0) / spec.model.top_k, native_aux_loss)}
 
 
 def prepare_model(spec: TrainSpec, text: TrainingText, device: torch.device) -> Prepared:

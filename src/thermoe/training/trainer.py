@@ -19,11 +19,12 @@ from transformers import Trainer, TrainerState
 from thermoe.errors import CheckpointError
 from thermoe.evaluation import sequence_nll
 from thermoe.moe.decision import RoutingDecision
+from thermoe.moe.global_load import GlobalLoad
 from thermoe.moe.layer import collect_routing, routed_modules
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
 from thermoe.routers.base import Router
 from thermoe.training.distill import Distiller
-from thermoe.training.monitor import Monitor, make_monitor, over_layers
+from thermoe.training.monitor import make_monitor, over_layers
 
 ROUTING_STATE = "routing_state.pt"
 #: A loss that a block brings along: its coefficient, and what computes it from the model after a forward.
@@ -145,7 +146,9 @@ class MoETrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.balance = check_loss_terms(DEFAULT_BALANCE if balance is None else balance)
         self.distiller, self.own_losses, self.validation = distiller, dict(own_losses or {}), validation
-        self.monitor: Monitor = make_monitor(self.model)
+        self.monitor = make_monitor(self.model)
+        self.loads = GlobalLoad()
+        self._loads_of_step = -1
         self.routing_rows: list[dict[str, Any]] = []
         self._decisions: dict[str, RoutingDecision] = {}
         self._sums: dict[str, Tensor] = {}
@@ -181,13 +184,17 @@ class MoETrainer(Trainer):
     def _routing_terms(self, model: nn.Module, share: float) -> list[Tensor]:
         """Return the weighted routing losses of this micro-batch, and note each of them for the log.
 
-        Loads counted over more than this micro-batch enter `routing_loss` here.
+        The hard share of the balancing losses is that of the optimiser step so far, over micro-batches and ranks.
         """
         decisions = collect_routing(self.model)
+        if self._loads_of_step != self.state.global_step:
+            self.loads.start_step()
+            self._loads_of_step = self.state.global_step
+        self.loads.add(decisions.values())
         self._decisions = {name: decision.detach() for name, decision in decisions.items()}
         weighted: list[Tensor] = []
         for name, coefficient in self.balance.items():
-            term = routing_loss(decisions.values(), {name: coefficient})
+            term = routing_loss(decisions.values(), {name: coefficient}, loads=self.loads)
             if term is not None:
                 self._note(f"aux_{name}", term * (share / coefficient))
                 weighted.append(term)
@@ -228,7 +235,8 @@ class MoETrainer(Trainer):
             module.last_routing = None  # let go of the autograd history
             if name in decisions and isinstance(module.router, Router):
                 module.router.observe(decisions[name])
-        self.monitor.update(decisions)
+        if self.monitor is not None:
+            self.monitor.update(decisions)
         return loss
 
     # -- what is logged -----------------------------------------------------------------------------------------------
@@ -241,7 +249,7 @@ class MoETrainer(Trainer):
                 values = torch.stack(list(self._sums.values())).cpu()
                 logs.update({name: float(value) / steps for name, value in zip(self._sums, values, strict=True)})
                 self._sums = {}
-            self.routing_rows = self.monitor.flush(self.state.global_step)
+            self.routing_rows = [] if self.monitor is None else self.monitor.flush(self.state.global_step)
             logs.update(over_layers(self.routing_rows))
         super().log(logs, start_time)
 
@@ -275,7 +283,7 @@ class MoETrainer(Trainer):
         super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
             buffers = {name: _unsaved_buffers(router) for name, router in routers_of(self.model).items()}
-            state = {"monitor": self.monitor.state_dict(), "buffers": buffers}
+            state = {"monitor": None if self.monitor is None else self.monitor.state_dict(), "buffers": buffers}
             torch.save(state, Path(output_dir) / ROUTING_STATE)
 
     def take_up(self, checkpoint: Path) -> None:
@@ -295,7 +303,8 @@ class MoETrainer(Trainer):
                 fix="start again in another folder; a model alone can be given as model.from_pretrained",
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.monitor.load_state_dict(state["monitor"])
+        if self.monitor is not None and state["monitor"] is not None:
+            self.monitor.load_state_dict(state["monitor"])
         routers = routers_of(self.model)
         for name, kept in state["buffers"].items():
             present = dict(routers[name].named_buffers())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from thermoe.errors import ConfigError, DataError, TrainingDivergedError
+from thermoe.moe.global_load import GlobalLoad
 from thermoe.moe.layer import collect_routing, moe_layers
 from thermoe.moe.losses import routing_loss
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
@@ -127,10 +128,11 @@ def test_routing_losses_enter_the_training_loss_exactly_with_accumulation_too(
     for step, row in zip(watch.steps, trainer.state.log_history, strict=False):
         twin = tiny_moe().train()
         twin.load_state_dict(step["before"])
-        total = torch.zeros(())
-        for batch in step["batches"]:
+        total, loads = torch.zeros(()), GlobalLoad()
+        for batch in step["batches"]:  # the hard share is that of the step so far
             language = twin(input_ids=batch, labels=batch).loss
-            terms = routing_loss(collect_routing(twin).values(), BALANCE)
+            loads.add(collect_routing(twin).values())
+            terms = routing_loss(collect_routing(twin).values(), BALANCE, loads=loads)
             assert terms is not None
             assert float(terms.detach()) > 0.3  # large enough for a wrong factor to show
             total = total + (language + terms) / len(step["batches"])
