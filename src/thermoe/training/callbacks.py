@@ -151,7 +151,8 @@ class Watch(TrainerCallback):
         for row in self.trainer.routing_rows:
             self.write("load", state.global_step, dict(row))
         for alarm in self.trainer.monitor.raised if self.trainer.monitor is not None else ():
-            self.write("alarm", state.global_step, {k: v for k, v in asdict(alarm).items() if k != "step"})
+            fields = asdict(alarm)
+            self.write("alarm", fields.pop("step"), {"alarm": fields.pop("kind"), **fields})
 
 
 def energy_fields(logs: Mapping[str, Any]) -> dict[str, Any]:
