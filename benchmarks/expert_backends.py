@@ -86,7 +86,16 @@ def with_gradients(
 ) -> list[Tensor]:
     """Return output and gradients of tokens, combine weights and experts."""
     out = run(x, index, weights)
-    return [out, *torch.autograd.grad(out, [x, weights, *experts.parameters()], grad.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, [x, weights, *experts.parameters()], grad.to(out.dtype))]
+
+
+def in_float32(experts: Experts, x: Tensor, index: Tensor, weights: Tensor, grad: Tensor) -> list[Tensor]:
+    """Return what `with_gradients` should, from the loop over experts in float32."""
+    sizes = (experts.num_experts, experts.hidden_size, experts.intermediate_size)
+    single = Experts(*sizes, gated=experts.gated, activation=experts.activation).to(x.device)
+    single.load_state_dict(experts.state_dict())
+    x, weights = (t.detach().float().requires_grad_() for t in (x, weights))
+    return with_gradients(lambda *call: run_loop(*call, single), x, index, weights, single, grad)
 
 
 def check(found: list[Tensor], exact: list[Tensor], what: str) -> float:
@@ -130,11 +139,7 @@ def measure(folder: RunFolder, shape: str, tokens: int, precision: str) -> None:
         x = torch.randn(tokens, hidden, dtype=dtype).requires_grad_()
         grad = torch.randn(tokens, hidden, dtype=dtype)
         weights = torch.softmax(torch.randn(tokens, top_k), -1).to(dtype).requires_grad_()
-    single = Experts(num_experts, hidden, width, gated=gated, activation=activation).cuda()
-    single.load_state_dict(experts.state_dict())
-    x32, w32 = x.detach().float().requires_grad_(), weights.detach().float().requires_grad_()
-    exact = with_gradients(lambda *a: run_loop(*a, single), x32, index, w32, single, grad)
-    del single, x32, w32
+    exact = in_float32(experts, x, index, weights, grad)
     flops = 2 * tokens * top_k * hidden * width * (3 if gated else 2)
 
     lines: dict[str, dict[str, tuple[float, float]]] = {}
