@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from thermoe.convergence import judge_convergence
 from thermoe.models.frame import block_of, build_frame, copy_frame_weights, native_aux_loss, native_routers
@@ -31,6 +30,7 @@ from thermoe.moe.losses import routing_loss
 from thermoe.results import RunFolder
 from thermoe.runtime import environment_fingerprint
 from thermoe.telemetry import EnergyMeter
+from thermoe.training.language_loss import causal_lm_loss
 
 #: name: (block, router, its options, balance in multiples of --alpha); `load_std` has twice the gradient of `switch`.
 ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
@@ -46,7 +46,13 @@ ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
 }
 FULL = {"hidden_size": 768, "layers": 6, "heads": 12, "num_experts": 32, "top_k": 4, "expert_width": 768}
 TINY = {"hidden_size": 32, "layers": 2, "heads": 2, "num_experts": 4, "top_k": 2, "expert_width": 16}
+PAD_TO = 64  # rows of the embedding: an odd vocabulary denies its matrix products the fast kernels
 WARM = 20  # steps before anything is timed; compilation happens there
+
+
+def padded(vocab_size: int) -> int:
+    """Return the vocabulary size rounded up."""
+    return -(-vocab_size // PAD_TO) * PAD_TO
 
 
 class MasterAdamW:
@@ -113,8 +119,7 @@ class Data:
 
 def mean_nll(model: nn.Module, batch: Tensor) -> Tensor:
     """Return the loss per predicted token, in float32."""
-    logits = model(batch, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), batch[:, 1:].reshape(-1))
+    return model(batch, labels=batch, use_cache=False).loss
 
 
 def loads_of(model: nn.Module) -> Tensor | None:
@@ -149,13 +154,19 @@ class Arm:
     def __init__(self, name: str, args: argparse.Namespace, data: Data) -> None:
         self.args, self.data, self.device = args, data, torch.device(args.device)
         block, router, options, balance = ARMS[name]
-        sizes = {**(TINY if args.tiny else FULL), "vocab_size": data.meta["vocab_size"], "sequence_length": args.seq}
+        sizes = {
+            **(TINY if args.tiny else FULL),
+            "vocab_size": padded(data.meta["vocab_size"]),
+            "sequence_length": args.seq,
+        }
         self.model = build_frame(block, **sizes, router=router, router_options=options, seed=args.seed)
         if block != "moe":  # every arm starts from the weights of the same `moe` frame, as far as it has them
             copy_frame_weights(build_frame("moe", **sizes, seed=args.seed), self.model)
         self.top_k = sizes["top_k"]
         self.balance = {loss: factor * args.alpha for loss, factor in balance.items()}
         self.model.to(self.device)
+        if self.device.type == "cuda":  # the fused loss of `thermoe train`, for every arm
+            self.model.loss_function = causal_lm_loss
         self.bf16 = args.dtype == "bfloat16"
         if self.bf16 and block != "dense":
             for layer in self.model.transformer.h:
