@@ -26,21 +26,21 @@ from torch import Tensor, nn
 from thermoe.convergence import judge_convergence
 from thermoe.models.frame import block_of, build_frame, copy_frame_weights, native_aux_loss, native_routers
 from thermoe.moe.layer import collect_routing, routed_modules
-from thermoe.moe.losses import routing_loss
+from thermoe.moe.losses import default_balance, routing_loss
 from thermoe.results import RunFolder
 from thermoe.runtime import environment_fingerprint
 from thermoe.telemetry import EnergyMeter
 from thermoe.training.language_loss import causal_lm_loss
 
-#: name: (block, router, its options, balance in multiples of --alpha); `load_std` has twice the gradient of `switch`.
+#: name: (block, router, its options, balance), each loss with its usual coefficient and the z-loss beside it.
 ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
     "dense": ("dense", "topk", {}, {}),
     "mixtral": ("mixtral", "topk", {}, {}),
     "none": ("moe", "topk", {}, {}),
-    "switch": ("moe", "topk", {}, {"switch": 1.0, "z_loss": 0.1}),
-    "load_std": ("moe", "topk", {}, {"load_std": 0.5}),
-    "entropy": ("moe", "topk", {}, {"entropy": 1.0}),
-    "kl_uniform": ("moe", "topk", {}, {"kl_uniform": 1.0}),
+    "switch": ("moe", "topk", {}, default_balance("switch")),
+    "load_std": ("moe", "topk", {}, default_balance("load_std")),
+    "entropy": ("moe", "topk", {}, default_balance("entropy")),
+    "kl_uniform": ("moe", "topk", {}, default_balance("kl_uniform")),
     "temperature": ("moe", "topk", {"temperature": 1.0}, {}),
     "sigmoid_bias": ("moe", "sigmoid_bias", {}, {}),
 }
@@ -163,7 +163,7 @@ class Arm:
         if block != "moe":  # every arm starts from the weights of the same `moe` frame, as far as it has them
             copy_frame_weights(build_frame("moe", **sizes, seed=args.seed), self.model)
         self.top_k = sizes["top_k"]
-        self.balance = {loss: factor * args.alpha for loss, factor in balance.items()}
+        self.balance = balance
         self.model.to(self.device)
         if self.device.type == "cuda":  # the fused loss of `thermoe train`, for every arm
             self.model.loss_function = causal_lm_loss
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--alpha", type=float, default=1e-2, help="balance coefficient; Mixtral's own gets alpha / k")
+    parser.add_argument("--alpha", type=float, default=1e-2, help="coefficient of Mixtral's own balance loss, times k")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evals", type=int, default=20)
     parser.add_argument("--eval-rows", type=int, default=1024, help="most rows of each validation split")

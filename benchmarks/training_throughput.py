@@ -3,8 +3,8 @@
 A GPT-2 frame of 6 layers, 768 wide, with 32 SwiGLU experts of width 768, 4 per token: float32 master weights, bfloat16
 compute, fused AdamW, 64 sequences of 512 random tokens, load-balancing and z-loss. Arms: transformers' own MoE block
 ("mixtral", `grouped_mm`), our layer with plain `grouped_mm` ("grouped") and with fused kernels ("fused"), each with the
-loss of transformers ("plain") or the fused one of `thermoe train`; the last arm compiles the blocks too. Prints tokens/s,
-peak memory and the kernels that take the most time; rows go to rows.jsonl.
+loss of transformers ("plain") or the fused one of `thermoe train`; the last arm compiles the blocks too. Prints
+tokens/s, peak memory and the kernels that take the most time; rows go to rows.jsonl.
 
 Run on an NVIDIA GPU of compute capability 9.0 or more:  python benchmarks/training_throughput.py --out FOLDER
 """
