@@ -125,7 +125,7 @@ def measure(arguments: argparse.Namespace, folder: RunFolder, kind: str, loss_ki
         print(f"    {event.self_device_time_total / 1e3:7.2f} ms {event.count:>4} x {event.key[:90]}")
     folder.append(
         "arm",
-        kind=kind,
+        computed_by=kind,
         loss_kind=loss_kind,
         compiled=compiled,
         duration_ms=duration_ms,
