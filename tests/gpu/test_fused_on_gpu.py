@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -82,7 +83,9 @@ def _poison() -> None:
 def test_equals_the_reference(form: str, route: str, how: str) -> None:
     experts = _experts(form, torch.bfloat16 if how == "bfloat16" else torch.float32)
     x, ids, weights = _inputs(route, torch.float32 if how == "autocast" else torch.bfloat16)
-    expected = _exact(x, ids, weights, experts)
+    # What is rounded on the way in is rounded for both: relu's gradient jumps where a tiny value changes its sign.
+    rounded = copy.deepcopy(experts).bfloat16()
+    expected = _exact(x.detach().bfloat16(), ids, weights, rounded)
     wanted = [x, weights, *experts.parameters()]
     _poison()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=how == "autocast"):
