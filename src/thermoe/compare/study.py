@@ -152,7 +152,7 @@ def summarise_study(run: RunFolder, spec: StudySpec) -> None:
                 arm=arm,
                 start=start,
                 seeds=len(own),
-                **{metric: _interval([float(results[key][metric]) for key in own]) for metric in METRICS},
+                **{metric: _interval([results[key][metric] for key in own]) for metric in METRICS},
                 converged=sum(found.converged for found in judged),
                 convergence=[found.text for found in judged],
                 tokens_per_s=_interval([results[key]["tokens_per_s"] for key in own]),
@@ -173,8 +173,12 @@ def _results_at(run: RunFolder, step: int) -> dict[Key, dict[str, Any]]:
     return {(row["arm"], row["start"], row["seed"]): row for row in rows}
 
 
-def _interval(values: list[float]) -> dict[str, float | None]:
-    mean, low, high = mean_interval(values)
+def _interval(values: list[float | None]) -> dict[str, float | None]:
+    """Return mean and 95 % interval; unknown where a seed's value is, such as dead experts after too few tokens."""
+    known = [float(value) for value in values if value is not None]
+    if len(known) < len(values):
+        return {"value": None, "lo": None, "hi": None}
+    mean, low, high = mean_interval(known)
     return {"value": mean, "lo": low, "hi": high}
 
 

@@ -146,11 +146,12 @@ def evaluate(model: nn.Module, rows: Tensor, batch_size: int) -> dict[str, Any]:
         for accumulator, decision in zip(sums, collect_routing(model).values(), strict=True):
             accumulator.add(decision)
     stats = [found for accumulator in sums if (found := accumulator.result()) is not None]
+    dead = [s.dead_experts for s in stats]
     return {
         "nll": total / rows.shape[0],
         "effective_experts": min(s.effective_experts for s in stats),
         "max_vio": max(s.max_vio for s in stats),
-        "dead_experts": sum(s.dead_experts for s in stats),
+        "dead_experts": None if None in dead else sum(d for d in dead if d is not None),
         "token_entropy": sum(s.token_entropy for s in stats) / len(stats),
         "load": [[round(share, 5) for share in s.load] for s in stats],
     }
