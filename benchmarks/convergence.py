@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
     "none": ("moe", "topk", {}, {}),
     "switch": ("moe", "topk", {}, default_balance("switch")),
     "load_std": ("moe", "topk", {}, default_balance("load_std")),
+    "load_std_root": ("moe", "topk", {}, default_balance("load_std_root")),
     "entropy": ("moe", "topk", {}, default_balance("entropy")),
     "kl_uniform": ("moe", "topk", {}, default_balance("kl_uniform")),
     "temperature": ("moe", "topk", {"temperature": 1.0}, {}),
