@@ -46,6 +46,16 @@ def _add_fast(model: nn.Module, std: float = 0.0) -> list[nn.Parameter]:
     return parameters
 
 
+def test_what_was_matched_is_counted_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_native("mixtral")
+    attachment = attach_router(model, "priced", layers=[1])
+    said = capsys.readouterr().out.strip()
+    assert said == str(attachment) == f"PricedRouter attached to 1 of 2 MoE blocks: {attachment.matched[0]}"
+    attachment.detach()
+    attach_router(model, verbose=False)
+    assert capsys.readouterr().out == ""
+
+
 @EVERY_FAMILY
 def test_attach_and_detach_leave_every_bit(family: str) -> None:
     model = tiny_native(family)
