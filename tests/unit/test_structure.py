@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": _BASE,
     "evaluation": _BASE | {"moe", "routers", "models", "energy", "data"},
     "training": _BASE
-    | {"config", "progress", "moe", "routers", "models", "data", "evaluation"}
+    | {"config", "progress", "moe", "routers", "models", "data", "evaluation", "convergence"}
     | {"telemetry", "energy", "energy_callback"},
     "distributed": _BASE | {"moe", "routers", "models", "telemetry"},
     "energy_callback": _BASE | {"telemetry"},

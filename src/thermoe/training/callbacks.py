@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from thermoe.convergence import judge_convergence
 from thermoe.results import PROVENANCE_ORDER
 from thermoe.training.settings import TrainSettings
 from thermoe.training.trainer import MoETrainer, routers_of
@@ -111,16 +112,20 @@ class Watch(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Write what was logged as rows."""
+        """Write what was logged as rows, and end a training that has converged, if that is asked for."""
         if "loss" in logs and not self._finite(state, control, logs):
             return
+        if "eval_loss" in logs and self.settings.stop_when_converged:
+            curve = {float(row["step"]): float(row["eval_loss"]) for row in state.log_history if "eval_loss" in row}
+            control.should_training_stop |= judge_convergence(sorted(curve.items())).converged
         if self.write is None:
             return
         if "loss" in logs:
             self._write_training(state, logs)
         if "eval_loss" in logs:
             self.last_validation = {name: logs[f"eval_{name}"] for name in ("ppl", "bits_per_byte")}
-            self.write("eval", state.global_step, {"nll": logs["eval_loss"], **self.last_validation})
+            tokens = state.num_input_tokens_seen
+            self.write("eval", state.global_step, {"tokens": tokens, "nll": logs["eval_loss"], **self.last_validation})
         energy = energy_fields(logs)
         if energy:
             self.write("energy", state.global_step, energy)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from thermoe.convergence import judge_convergence
 from thermoe.energy_callback import EnergyCallback
 from thermoe.errors import MissingDependencyError, RunFolderError
 from thermoe.models.measure import model_size
@@ -256,6 +257,12 @@ def _save_model(run: RunFolder, prepared: Prepared, text: TrainingText) -> None:
     save_whole(run.path / "model", write)
 
 
+def _judged(run: RunFolder) -> dict[str, Any] | None:
+    """Return what the validation curve says, or ``None`` where there is none."""
+    curve = sorted({int(row["step"]): float(row["nll"]) for row in run.rows("eval")}.items())
+    return judge_convergence(curve).as_dict() if curve else None
+
+
 def _summary(
     run: RunFolder, outcome: Outcome, energy: EnergyCallback | None, telemetry: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -272,6 +279,7 @@ def _summary(
         "tokens": outcome.tokens,
         "tokens_per_s": outcome.session_tokens / outcome.session_s if outcome.session_tokens else None,
         **outcome.validation,
+        "convergence": _judged(run),
         "effective_experts": rows[-1].get("effective_experts") if rows else None,
         "energy_j": totals.energy_j if totals is not None and measured else None,
         "energy_provenance": totals.provenance if totals is not None else None,

@@ -39,6 +39,8 @@ class TrainSettings:
         torch_compile: compile the model.
         log_every: steps between rows.
         eval_every: steps between validations; 0 validates at the end alone.
+        stop_when_converged: end as soon as the validations say "converged" (`thermoe.convergence`); suits a constant
+            schedule, since a learning rate that falls to 0 flattens any curve.
         save_every: steps between checkpoints; 0 saves none.
         dataloader_num_workers: processes that load batches; 0 is this one, and enough for packed tokens in memory.
         seed: of the order of the data, of random k and of dropout.
@@ -62,6 +64,7 @@ class TrainSettings:
     torch_compile: bool = False
     log_every: int = 10
     eval_every: int = 0
+    stop_when_converged: bool = False
     save_every: int = 100
     dataloader_num_workers: int = 0
     seed: int = 0
@@ -110,6 +113,13 @@ class TrainSettings:
         self._check_balance(where)
 
     def _check_multiples(self, where: str) -> None:
+        if self.stop_when_converged and not self.eval_every:
+            raise ConfigError(
+                "stop_when_converged is true and eval_every 0",
+                where=f"{where}.eval_every",
+                accepted="an integer of at least 1, so that there are validations to judge by",
+                fix=f"use {where}.eval_every=100",
+            )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ConfigError(
                 f"{self.batch_size} sequences cannot be divided into {self.gradient_accumulation_steps} equal parts",

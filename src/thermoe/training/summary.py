@@ -30,6 +30,7 @@ def print_summary(console: Console, run: RunFolder) -> None:
         ("tokens", _number(row.get("tokens"), ",d")),
         ("tokens per second", _number(row.get("tokens_per_s"), ",.0f")),
         ("effective experts per layer", _number(row.get("effective_experts"), ".2f")),
+        ("convergence", (row.get("convergence") or {}).get("text")),
         ("energy", _energy(row)),
     ):
         if value is not None:

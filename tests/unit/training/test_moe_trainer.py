@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from training_tools import HELD, ROWS, assert_same_weights, biased_moe, routers, train
 
+from thermoe.convergence import judge_convergence
 from thermoe.errors import ConfigError, MachineError
 from thermoe.evaluation import perplexity
 from thermoe.moe.layer import collect_routing, moe_layers
@@ -236,3 +237,15 @@ def test_an_energy_row_has_one_provenance_and_no_number_that_was_not_measured() 
     assert energy_fields({"loss": 1.0, "thermal/gpu_temp_c": 40.0}) == {}
     logs = {"simulated/energy/energy_j": 5.0, "simulated/energy/total_j": 9.0, "thermal/gpu_temp_c": 40.0}
     assert energy_fields(logs) == {"energy_j": 5.0, "total_j": 9.0, "provenance": "simulated"}
+
+
+def test_a_training_that_has_converged_stops_where_that_is_asked_for(tmp_path: Path) -> None:
+    validation = Validation(HELD, 4.0, 4)
+    still = {"lr": 1e-12, "steps": 60, "eval_every": 1, "warmup_steps": 0, "schedule": "constant", "balance": {}}
+    stopped, rows = train(tiny_moe(), tmp_path / "a", validation=validation, stop_when_converged=True, **still)
+    curve = [(row["step"], row["nll"]) for row in of(rows, "eval")]
+    assert stopped.steps < 60 and judge_convergence(curve).converged and not judge_convergence(curve[:-1]).converged
+    whole, _ = train(tiny_moe(), tmp_path / "b", validation=validation, **still)
+    assert whole.steps == 60
+    with pytest.raises(ConfigError, match="eval_every"):
+        TrainSettings(stop_when_converged=True).check()
