@@ -189,8 +189,8 @@ def train(
     from rich.console import Console
 
     from thermoe.progress import Reporter
+    from thermoe.report import build_report, summary_table
     from thermoe.training.run import run_training
-    from thermoe.training.summary import print_summary
 
     console = Console()
     try:
@@ -198,9 +198,11 @@ def train(
     except KeyboardInterrupt:  # typer ends the program with exit code 130
         typer.echo("interrupted; give the same command again, with --resume auto, to go on", err=True)
         raise
-    print_summary(console, run)
-    _print_path(console, "model:", run.path / "model")
-    _print_path(console, "rows: ", run.path / "rows.jsonl")
+    page = build_report(run.path)
+    console.print(summary_table(run.path, width=console.width))
+    _print_path(console, "model: ", run.path / "model")
+    _print_path(console, "report:", page)
+    _print_path(console, "rows:  ", run.path / "rows.jsonl")
 
 
 @app.command()
@@ -262,15 +264,23 @@ def convert(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html again from a run folder alone."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="A run folder; several trainings make learning curves.")],
+    out: Annotated[Path, typer.Option(help="Folder for the learning curves of several runs.")] = Path("runs/learning"),
+) -> None:
+    """Write report.html again from a run folder alone; from several trainings, learning curves with bands."""
     from rich.console import Console
 
+    console = Console()
+    if len(runs) > 1:
+        from thermoe.report.learning import write_learning_report
+
+        _print_path(console, "learning curves:", write_learning_report(runs, out))
+        return
     from thermoe.report import build_report, summary_table
 
-    path = build_report(run)
-    console = Console()
-    console.print(summary_table(run, width=console.width))
+    path = build_report(runs[0])
+    console.print(summary_table(runs[0], width=console.width))
     _print_path(console, "report:", path)
 
 

@@ -15,6 +15,7 @@ from thermoe.report.figures import RenderedFigure, render_figures
 from thermoe.report.findings import may_conclude, may_not_conclude, sources_of
 from thermoe.report.run_data import RunData, entry, number, section
 from thermoe.report.study import render_study, render_study_html
+from thermoe.report.training import render_training_html
 from thermoe.report.wording import (
     NOT_MEASURED,
     Cell,
@@ -39,15 +40,19 @@ def build_report(run_path: str | Path) -> Path:
         RunFolderError: the folder holds no run, or its files are not as thermoe wrote them.
     """
     data = RunData.read(run_path)
-    is_study = data.manifest.get("type") == "study"
-    figures = render_study(data) if is_study else render_figures(data)
+    kind = data.manifest.get("type")
+    figures = render_study(data) if kind == "study" else render_figures(data)
     plots = data.path / "plots"
     plots.mkdir(exist_ok=True)
     for figure in figures:
         (plots / f"{figure.name}.png").write_bytes(figure.light)
     path = data.path / "report.html"
     partial = path.with_name(path.name + ".partial")
-    page = render_study_html(data, figures, _shared(data, figures)) if is_study else render_html(data, figures)
+    if kind in ("study", "training"):
+        render = render_study_html if kind == "study" else render_training_html
+        page = render(data, figures, _shared(data, figures))
+    else:
+        page = render_html(data, figures)
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path

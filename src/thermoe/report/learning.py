@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 
 from thermoe.convergence import judge_convergence, mean_interval
 from thermoe.errors import ConfigError, RunFolderError
-from thermoe.report.run_data import RunData, entry, listing, number
+from thermoe.report.run_data import RunData, entry, listing, number, section
 from thermoe.report.style import DOTS_PER_INCH, LIGHT, WIDTH_IN, Theme, style_at
 
 METRICS = {"nll": "NLL (nats per token)", "ppl": "Perplexity", "bits_per_byte": "Bits per byte"}
+HELD_OUT = "held-out text"
 Curve = list[tuple[float, float]]
 
 
@@ -72,6 +73,41 @@ def band(curves: Sequence[Curve]) -> list[tuple[float, float, float | None, floa
     return [(tokens, *mean_interval([curve[tokens] for curve in found])) for tokens in shared]
 
 
+def _arm_of(data: RunData, configs: dict[str, Any]) -> str:
+    """Return the name under which a training's seeds are averaged: what it states, or what its settings say."""
+    stated = data.manifest.get("arm")
+    if isinstance(stated, str):
+        return stated
+    config = section(data.manifest, "config")
+    if data.manifest.get("type") != "training":
+        raise RunFolderError(
+            f"{data.path} is no run of a single training",
+            where=str(data.path),
+            accepted="run folders of `thermoe train`, or of the arms of benchmarks/convergence.py",
+            fix="give such folders",
+        )
+    balance = entry(config, "training", "balance") or {}
+    kind = [str(entry(config, "model", "block")), str(entry(config, "router", "name") or "topk"), *map(str, balance)]
+    name, without_seed = ", ".join(kind), {key: value for key, value in config.items() if key != "seed"}
+    # Two settings that read alike are two arms: only the seed may differ within one.
+    while configs.setdefault(name, without_seed) != without_seed:
+        name += "'"
+    return name
+
+
+def _bytes_per_token(data: RunData, split: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    stated = number(entry(data.manifest, "meta", "splits", f"valid_{split}", "bytes_per_token"))
+    if stated is not None or not rows:
+        return stated
+    nll, bits = number(rows[-1].get("nll")), number(rows[-1].get("bits_per_byte"))
+    return nll / math.log(2) / bits if nll is not None and bits else None
+
+
+def _total(values: Iterable[Any]) -> float | None:
+    found = [number(value) for value in values]
+    return None if not found or None in found else sum(value for value in found if value is not None)
+
+
 def read_trainings(folders: Iterable[str | Path]) -> dict[str, dict[str, ArmCurves]]:
     """Read run folders of single trainings: validation text -> arm -> curves, in the order given.
 
@@ -79,27 +115,24 @@ def read_trainings(folders: Iterable[str | Path]) -> dict[str, dict[str, ArmCurv
         RunFolderError: a folder holds no run, or one without an arm's name.
     """
     panels: dict[str, dict[str, ArmCurves]] = {}
+    configs: dict[str, Any] = {}
     for folder in folders:
         data = RunData.read(folder)
-        arm = data.manifest.get("arm")
-        if not isinstance(arm, str):
-            raise RunFolderError(
-                f"{folder} is no run of a single training",
-                where=str(folder),
-                accepted="run folders of benchmarks/convergence.py",
-                fix="give the folders of its arms",
-            )
-        done = data.of("done")[-1] if data.of("done") else {}
+        arm = _arm_of(data, configs)
+        done = next(iter([*data.of("done"), *data.of("summary")][-1:]), {})
         layers = [part for row in data.of("train")[-1:] for part in listing(row, "layers")]
-        for split in dict.fromkeys(str(row.get("split")) for row in data.of("eval")):
+        last = data.of("load")[-1].get("step") if data.of("load") else None
+        layers += [row for row in data.of("load") if row.get("step") == last]
+        for split in dict.fromkeys(str(row.get("split") or HELD_OUT) for row in data.of("eval")):
             found = panels.setdefault(split, {}).setdefault(arm, ArmCurves(arm))
-            rows = [row for row in data.of("eval", split=split) if number(row.get("nll")) is not None]
+            rows = [row for row in data.of("eval") if str(row.get("split") or HELD_OUT) == split]
+            rows = [row for row in rows if number(row.get("nll")) is not None and number(row.get("tokens")) is not None]
             found.curves.append([(float(row["tokens"]), float(row["nll"])) for row in rows])
-            found.bytes_per_token = number(entry(data.manifest, "meta", "splits", f"valid_{split}", "bytes_per_token"))
+            found.bytes_per_token = _bytes_per_token(data, split, rows)
             found.note(
                 effective_experts=min((p["effective_experts"] for p in layers), default=None),
                 max_vio=max((p["max_vio"] for p in layers), default=None),
-                dead_experts=sum(p["dead_experts"] for p in layers) if layers else None,
+                dead_experts=_total(p.get("dead_experts") for p in layers),
                 tokens_per_s=done.get("tokens_per_s"),
                 energy_j=done.get("energy_j"),
             )

@@ -52,6 +52,10 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
         RunFolderError: the folder holds no run.
     """
     data = RunData.read(run_path)
+    if data.manifest.get("type") == "training":
+        from thermoe.report.training import training_table  # late, as below
+
+        return training_table(data)
     if data.manifest.get("type") == "study":
         from thermoe.report.study import study_table  # late: it brings matplotlib
 

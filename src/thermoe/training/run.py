@@ -98,6 +98,7 @@ def run_training(
         save_whole(run.path / "tokenizer", text.tokenizer.save_pretrained)
     run.write_manifest(
         command="train",
+        type="training",
         created_at=run.manifest.get("created_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
         finished=False,
         config=spec.as_dict(),
