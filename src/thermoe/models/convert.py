@@ -38,11 +38,11 @@ METHODS: tuple[Method, ...] = ("partition", "copy", "virtual")
 
 def _whole(name: str, value: Any) -> int:
     """Return ``value`` if it is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**48:
         raise ConversionError(
             f"{name} is {value!r}",
             where=name,
-            accepted="an integer",
+            accepted="an integer below 2**48",
             fix=f"write {name}=8, without quotes or a fraction",
         )
     return value
