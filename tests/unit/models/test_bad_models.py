@@ -104,7 +104,8 @@ def test_adapters_are_not_lost_in_silence() -> None:
     "settings",
     [
         {"noise": "much", "method": "copy"}, {"noise": None, "method": "copy"}, {"reinit_frac": [1], "method": "copy"},
-        {"noise": True, "method": "copy"}, {"seed": "x"}, {"seed": 1.5}, {"seed": 2**70}, {"groups": 0, "method": "virtual"},
+        {"noise": True, "method": "copy"}, {"seed": "x"}, {"seed": 1.5}, {"seed": 2**70},
+        {"groups": 0, "method": "virtual"},
     ],
 )  # fmt: skip
 def test_settings_of_another_kind(settings: dict[str, Any]) -> None:
