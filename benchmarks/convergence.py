@@ -45,6 +45,15 @@ ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
     "temperature": ("moe", "topk", {"temperature": 1.0}, {}),
     "sigmoid_bias": ("moe", "sigmoid_bias", {}, {}),
 }
+
+
+def arm_named(name: str) -> tuple[str, str, dict, dict[str, float]]:
+    """Return the arm of this name; `switch=0.03` is `switch` with this coefficient of its loss."""
+    name, _, coefficient = name.partition("=")
+    block, router, options, balance = ARMS[name]
+    return block, router, options, {**balance, name: float(coefficient)} if coefficient else balance
+
+
 FULL = {"hidden_size": 768, "layers": 6, "heads": 12, "num_experts": 32, "top_k": 4, "expert_width": 768}
 TINY = {"hidden_size": 32, "layers": 2, "heads": 2, "num_experts": 4, "top_k": 2, "expert_width": 16}
 PAD_TO = 64  # rows of the embedding: an odd vocabulary denies its matrix products the fast kernels
@@ -154,7 +163,7 @@ class Arm:
 
     def __init__(self, name: str, args: argparse.Namespace, data: Data) -> None:
         self.args, self.data, self.device = args, data, torch.device(args.device)
-        block, router, options, balance = ARMS[name]
+        block, router, options, balance = arm_named(name)
         sizes = {
             **(TINY if args.tiny else FULL),
             "vocab_size": padded(data.meta["vocab_size"]),
@@ -293,6 +302,8 @@ def run_arm(name: str, args: argparse.Namespace, data: Data) -> None:
         curve = [(row["tokens"], row["nll"]) for row in run.rows("eval") if row["split"] == split and row["tokens"]]
         run.append("convergence", arm=name, split=split, **judge_convergence(curve).as_dict())
     run.append("done", arm=name, **summary)
+    if args.save:
+        arm.model.to(torch.bfloat16 if arm.bf16 else torch.float32).save_pretrained(folder / "model")
     run.write_manifest(finished=True)
     print(f"{name}: {json.dumps(summary)}")
 
@@ -320,7 +331,9 @@ def log_eval(run: RunFolder, arm: Arm, data: Data, step: int, per_step: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", default="dense,mixtral,none,switch", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms", default="dense,mixtral,none,switch", help=", ".join(ARMS) + "; switch=0.03 sets its coefficient"
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=3)
@@ -335,12 +348,13 @@ def main() -> None:
     parser.add_argument("--evals", type=int, default=20)
     parser.add_argument("--eval-rows", type=int, default=1024, help="most rows of each validation split")
     parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--save", action="store_true", help="keep the trained model in OUT/ARM/model")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a model of seconds, to try the script")
     parser.add_argument("--throughput-only", type=int, default=0, metavar="N", help="time N steps and stop")
     args = parser.parse_args()
     names = args.arms.split(",")
-    if unknown := [name for name in names if name not in ARMS]:
+    if unknown := [name for name in names if name.partition("=")[0] not in ARMS]:
         parser.error(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.device.startswith("cuda"):

@@ -8,8 +8,8 @@ both can start from the same numbers (`copy_frame_weights`).
 Where the two differ: in float32 they compute the same function (softmax over all experts, top-k, renormalised). Under
 bfloat16 autocast Mixtral's router multiplies in bfloat16 and takes a float32 softmax of that; ours multiplies in
 float32. Mixtral's auxiliary loss sums over the k slots and pools all layers before it multiplies load and probability;
-our `switch` is computed per layer and averaged, and is 1 at balance for every k, so that a coefficient a of `switch`
-corresponds to a / k of Mixtral's.
+our `switch` is computed per layer and summed, and is 1 at balance for every k and layer, so that a coefficient a of
+`switch` corresponds to a * L / k of Mixtral's.
 
 Shape letters: E experts, D model width, F expert width, L layers.
 """

@@ -21,7 +21,7 @@ from thermoe.evaluation import sequence_nll
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.global_load import GlobalLoad
 from thermoe.moe.layer import collect_routing, routed_modules
-from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms, routing_loss
+from thermoe.moe.losses import DEFAULT_BALANCE, LOSSES, ModelLoss, check_loss_terms, routing_loss
 from thermoe.routers.base import Router
 from thermoe.training.distill import Distiller
 from thermoe.training.monitor import make_monitor, over_layers
@@ -196,7 +196,9 @@ class MoETrainer(Trainer):
         for name, coefficient in self.balance.items():
             term = routing_loss(decisions.values(), {name: coefficient}, loads=self.loads)
             if term is not None:
-                self._note(f"aux_{name}", term * (share / coefficient))
+                # Logged as a mean over layers, so that 1 is an even load of `switch` whatever the depth.
+                layers = 1 if isinstance(LOSSES.get(name), ModelLoss) else len(decisions)
+                self._note(f"aux_{name}", term * (share / (coefficient * layers)))
                 weighted.append(term)
         for name, (coefficient, compute) in self.own_losses.items():
             own = compute(self.model)

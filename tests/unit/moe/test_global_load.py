@@ -53,7 +53,7 @@ def test_f_is_global_and_p_local() -> None:
     expected = torch.zeros(())
     for (before, now), decision in zip(layers, decisions, strict=True):
         f = _share(decide(before), decide(now))
-        expected = expected + (switch_loss(decision, f) + 0.5 * load_std_loss(decision, f)) / 2
+        expected = expected + (switch_loss(decision, f) + 0.5 * load_std_loss(decision, f))
         p = decision.probabilities.mean(0)
         torch.testing.assert_close(switch_loss(decision, f), E * (f * p).sum())
         torch.testing.assert_close(load_std_loss(decision, f), E * f.square().sum() - 1)

@@ -211,7 +211,7 @@ def test_i9_layers_collapsed_onto_different_experts_do_not_look_balanced() -> No
     ours = routing_loss(halves, {"switch": 1.0})
     assert concatenated is not None and ours is not None
     assert float(concatenated) < 1.1
-    assert float(ours) > 1.9
+    assert float(ours) / len(halves) > 1.9
 
 
 def _router_gradient(gate: str, top_k: int, *, identical: bool, sure: bool = False) -> float:

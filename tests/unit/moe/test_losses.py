@@ -88,19 +88,19 @@ def test_no_tokens_are_finite(name: str) -> None:
     assert torch.isfinite(LOSSES.get(name)(decide(torch.zeros(0, E))))
 
 
-def test_losses_average_over_layers_and_add_over_terms() -> None:
+def test_losses_add_over_layers_and_over_terms() -> None:
     first, second = decide(random_logits()), decide(random_logits(3.0))
     terms = {"switch": 0.5, "z_loss": 0.25, "entropy": 0.0}
-    expected = sum(0.5 * switch_loss(d) + 0.25 * z_loss(d) for d in (first, second)) / 2
+    expected = sum(0.5 * switch_loss(d) + 0.25 * z_loss(d) for d in (first, second))
     torch.testing.assert_close(routing_loss([first, second], terms), expected)
     assert routing_loss([], terms) is None
     assert routing_loss([first], {"switch": 0.0}) is None
 
 
-def test_switch_hf_joins_the_layers_and_the_others_average_over_them() -> None:
+def test_switch_hf_joins_the_layers_and_the_others_add_over_them() -> None:
     first, second = decide(random_logits()), decide(random_logits(3.0))
     terms = {"switch": 0.5, "switch_hf": 0.25}
-    expected = 0.25 * (switch_loss(first) + switch_loss(second)) + 0.25 * switch_hf_loss([first, second])
+    expected = 0.5 * (switch_loss(first) + switch_loss(second)) + 0.25 * switch_hf_loss([first, second])
     torch.testing.assert_close(routing_loss([first, second], terms), expected)
 
 

@@ -36,12 +36,12 @@ def test_losses_add_up_and_each_term_is_logged_unweighted(tmp_path: Path) -> Non
     _, rows = train(model, tmp_path, ROWS[:4], steps=1, log_every=1, gradient_accumulation_steps=2)
     (row,) = of(rows, "train")
     assert row["loss"] == pytest.approx(row["lm_loss"] + row["balance_loss"], rel=1e-6)
-    assert row["balance_loss"] == pytest.approx(0.3 * row["aux_switch"] + 0.05 * row["aux_z_loss"], rel=1e-5)
+    assert row["balance_loss"] == pytest.approx(2 * (0.3 * row["aux_switch"] + 0.05 * row["aux_z_loss"]), rel=1e-5)
     language = float(twin(input_ids=ROWS[:4], labels=ROWS[:4]).loss.detach())
     assert row["lm_loss"] == pytest.approx(language, rel=1e-5)
     z_loss = routing_loss(collect_routing(twin).values(), {"z_loss": 1.0})
     assert z_loss is not None
-    assert row["aux_z_loss"] == pytest.approx(float(z_loss.detach()), rel=1e-4)
+    assert row["aux_z_loss"] == pytest.approx(float(z_loss.detach()) / 2, rel=1e-4), "a mean over both layers"
 
 
 def test_statistics_cover_every_token_since_the_last_log_once(tmp_path: Path) -> None:
