@@ -46,6 +46,9 @@ fmt: $(STAMP)    ## format the code and mend what can be mended
 type: $(STAMP)   ## check types strictly
 	$(BIN)/mypy
 
+bench: $(STAMP)  ## time the routers against plain top-k on this machine (a minute)
+	$(BIN)/python benchmarks/routers.py
+
 check: lint type test test-oldest  ## all that CI runs
 
 clean:           ## remove the environment and the caches

@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--seq", type=int, default=511)
-    parser.add_argument("--rows", type=int, default=288, help="most rows of each text")
+    parser.add_argument("--rows", type=int, default=192, help="most rows of each text")
     parser.add_argument("--calibration-rows", type=int, default=32, help="rows of each text that measure sensitivity")
     parser.add_argument("--batches", type=lambda t: [int(v) for v in t.split(",")], default=[1, 16, 64])
     parser.add_argument("--prefill-rows", type=int, default=16)

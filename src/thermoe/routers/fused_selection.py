@@ -24,12 +24,11 @@ ROWS_PER_GROUP = 16
 
 def can_fuse(scores: Tensor, groups: int, k_max: int) -> bool:
     """Return whether the kernel takes scores (T, E) in so many groups."""
-    if not (scores.is_cuda and HAS_TRITON and scores.dtype == torch.float32 and k_max):
+    if not (scores.is_cuda and HAS_TRITON and scores.dtype == torch.float32 and scores.shape[0] and k_max):
         return False
-    experts, tokens = scores.shape[-1], -(-scores.shape[0] // max(1, groups))
-    return (
-        experts <= MAX_EXPERTS and k_max <= MAX_SLOTS and 0 < _power_of_2(tokens) * _power_of_2(experts) <= MAX_SCORES
-    )
+    experts, tokens = scores.shape[-1], -(-scores.shape[0] // groups)
+    size = _power_of_2(tokens) * _power_of_2(experts)
+    return experts <= MAX_EXPERTS and k_max <= MAX_SLOTS and size <= MAX_SCORES
 
 
 def _power_of_2(value: int) -> int:

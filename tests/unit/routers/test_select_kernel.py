@@ -40,7 +40,7 @@ def test_the_kernel_takes_what_one_program_can_hold_on_a_gpu_alone(monkeypatch: 
             self.shape = shape
 
     monkeypatch.setattr(fused_selection, "HAS_TRITON", True)
-    fits = {(16, 32): True, (64, 128): True, (65, 128): False, (128, 64): True, (16, 160): False}
+    fits = {(16, 32): True, (64, 128): True, (65, 128): False, (128, 64): True, (16, 160): False, (0, 32): False}
     for shape, expected in fits.items():
         assert can_fuse(OnGPU(*shape), 1, 8) == expected, shape  # type: ignore[arg-type]
     assert can_fuse(OnGPU(8192, 64), 512, 8) and not can_fuse(OnGPU(16, 32), 1, 9)  # type: ignore[arg-type]
