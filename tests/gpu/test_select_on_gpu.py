@@ -34,7 +34,7 @@ def _router(experts: int = 32, top_k: int = 4, width: int = 256, **options: Any)
     return router.eval().cuda()
 
 
-@pytest.mark.parametrize("shape", SHAPES + LARGE)
+@pytest.mark.parametrize("shape", SHAPES[1:5:3] + LARGE[:1] + LARGE[-2:])  # each takes six compilations
 @torch.no_grad()
 def test_the_kernel_chooses_as_the_pytorch_code_does(
     shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch

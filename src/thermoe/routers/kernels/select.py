@@ -26,7 +26,7 @@ def _largest(x, e):
 def _top(x, e, K: tl.constexpr):
     """Return the mask of the K largest of each row, and the rest with these taken out."""
     found = x != x
-    for _ in tl.static_range(K):
+    for _ in range(K):
         hit = _largest(x, e)
         found = found | hit
         x = tl.where(hit, -float("inf"), x)
@@ -74,8 +74,8 @@ def _select_kernel(
         opened = tl.max((own & real[:, None]).to(tl.int32), axis=0) > 0
         kept = there & (e < 0)
         if PROTECT:
-            best, rest = _top(tl.where(mask, p, none), e, K_MIN)
-            kept = tl.max((best & real[:, None]).to(tl.int32), axis=0) > 0
+            first, rest = _top(tl.where(mask, p, none), e, K_MIN)
+            kept = tl.max((first & real[:, None]).to(tl.int32), axis=0) > 0
         costs = price * tl.load(open_ptr + e, mask=there, other=0.0)
         step, closing = 0, 1
         while (step < ROUNDS) & (closing > 0):
@@ -112,18 +112,19 @@ def _select_kernel(
         w = tl.where(own, p, 0.0) / tl.maximum(_total(own, p), 1e-20)[:, None]
         product_all = s[None, :] * p * w
         pair = price * tl.load(pair_ptr + e, mask=there, other=0.0)
-        for _ in tl.static_range(K - K_MIN):
-            mass, squares, products = _total(left, p), _total(left, square_all), _total(left, product_all)
-            loss = (
-                _distortion(squares[:, None] - square_all, products[:, None] - product_all, mass[:, None] - p)
-                - _distortion(squares, products, mass)[:, None]
+        for _ in range(K - K_MIN):
+            total, total_squares, total_products = _total(left, p), _total(left, square_all), _total(left, product_all)
+            lost = (
+                _distortion(
+                    total_squares[:, None] - square_all, total_products[:, None] - product_all, total[:, None] - p
+                )
+                - _distortion(total_squares, total_products, total)[:, None]
             )
-            saving = tl.where(left, pair[None, :] - loss, none)
-            best = tl.max(saving, axis=1)
-            gives_up = (best > 0) & (tl.sum(left.to(tl.int32), axis=1) > K_MIN)
-            left = left & ((_largest(saving, e) & gives_up[:, None]) == 0)
+            saved = tl.where(left, pair[None, :] - lost, none)
+            gives_up = (tl.max(saved, axis=1) > 0) & (tl.sum(left.to(tl.int32), axis=1) > K_MIN)
+            left = left & ((_largest(saved, e) & gives_up[:, None]) == 0)
 
-    for k in tl.static_range(K):
+    for k in range(K):
         hit = _largest(ranked, e)
         chosen = tl.sum(tl.where(hit & left, e[None, :] + 1, 0), axis=1)  # 0 is none
         tl.store(out_ptr + row * K + k, tl.where(chosen > 0, chosen - 1, E).to(tl.int64), mask=inside)
