@@ -67,7 +67,7 @@ def _with_unit(text: str, expected: Field | None, feasible: str | None, where: s
         raise _refuse(f"{text!r} has no unit", expected, feasible, where=where, fix=f"write it like {meant!r}")
     field = None if unit.startswith("M") else _field_of(unit.lower())
     if field is None:
-        near = f"{unit}/token" if unit.lower() in ("j", "mj", "uj", "kj", "joule", "joules") else None
+        near = f"{unit}/token" if unit.lower() in ("j", "mj", "uj", "kj") else None
         raise _refuse(
             f"{text!r} has the unknown unit {written!r}",
             expected,

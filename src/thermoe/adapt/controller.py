@@ -1,0 +1,399 @@
+"""The outer loop: after each window of the sensor it says what the routing may cost, so that a budget is held.
+
+Limits in joules per token, watts and degrees each have a loop of their own (`loop.py`), one per phase; a temperature
+limit lowers a power cap (`heat.py`). In the cascade the tightest target is applied and the other loops are kept close
+above it; in the dual law the prices add up. A window that is flagged, short or without a reading moves nothing, and
+after three windows' time, or a reading that cannot be true, the loop is stale: its target is held until two good ones.
+The controller holds numbers only. It touches no sensor, no model and no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from thermoe.adapt.budget import PHASES, Budget
+from thermoe.adapt.control_state import ControlState, Limit, LoopReport, judge
+from thermoe.adapt.heat import HeatLoop
+from thermoe.adapt.loop import ControlSettings, Law, Loop
+from thermoe.errors import CheckpointError, ConfigError
+
+#: A window shorter than this part of the nominal one has too few counter ticks.
+SHORTEST_REL = 0.5
+STATE_VERSION = 1
+_Name = Literal["j_per_token", "power_w"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlReading:
+    """One window of one phase.
+
+    Attributes:
+        phase: ``prefill`` or ``decode``.
+        t_s: when the window ended, on a monotonic clock.
+        window_s: how long it was.
+        tokens: tokens of this phase in it.
+        j_per_token: measured gross joules per token of this phase; ``None`` when not measured.
+        rel_sd: relative standard deviation of it, where the sensor knows.
+        power_w: mean power of the whole window, in watts.
+        temp_c: hottest device at its end, in degrees Celsius.
+        age_s: age of the newest sample when the reading was made.
+        status: ``valid``; ``flagged`` (a number with a caveat); ``invalid`` (a number that cannot be true, such as
+            after a reset of the counter); ``modelled`` (there is no sensor: the model alone is to be held).
+        reason: why it is not ``valid``.
+        cost_j: modelled cost of the routing that really ran in the window, in J/token of this phase.
+    """
+
+    phase: str
+    t_s: float
+    window_s: float
+    tokens: float
+    j_per_token: float | None = None
+    rel_sd: float | None = None
+    power_w: float | None = None
+    temp_c: float | None = None
+    age_s: float = 0.0
+    status: Literal["valid", "flagged", "invalid", "modelled"] = "valid"
+    reason: str | None = None
+    cost_j: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostRange:
+    """What a phase can cost now: modelled J/token at the highest price and at price 0.
+
+    Raises:
+        ConfigError: the ends are not finite, not above 0, or the wrong way round.
+    """
+
+    low_j: float
+    high_j: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_j <= self.high_j < math.inf:
+            raise ConfigError(
+                f"a cost from {self.low_j!r} to {self.high_j!r} J/token",
+                where="CostRange",
+                accepted="0 < low_j <= high_j, both finite",
+                fix="give the modelled cost at the highest price and at price 0",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlOutput:
+    """What to do in the next window of a phase, and why.
+
+    Attributes:
+        cost_target_j: modelled J/token to stay within; ``None``: run at price 0 (or at ``price`` in the dual law).
+        state: the state of the phase.
+        reason: the same in a sentence.
+        binding: the limit that set the target; ``None`` when none does.
+        price: nats per joule, in the dual law only.
+        power_cap_w: power cap in force, the user's or the one a temperature limit lowered it to.
+        loops: each limit by itself.
+    """
+
+    cost_target_j: float | None
+    state: ControlState
+    reason: str
+    binding: Limit | None = None
+    price: float | None = None
+    power_cap_w: float | None = None
+    loops: Mapping[Limit, LoopReport] = field(default_factory=dict)
+
+
+class BudgetController:
+    """Holds a budget by moving what the routing may cost.
+
+    Args:
+        budget: the limits; ``None`` holds none.
+        law: ``cascade`` (a cost target) or ``dual`` (textbook dual ascent on a price, for comparison).
+        delay_windows: whole windows from a decision to the first reading that shows it.
+        options: the other fields of `ControlSettings`.
+
+    Raises:
+        ConfigError: an option is unknown or outside its range.
+    """
+
+    def __init__(self, budget: Budget | None, *, law: Law = "cascade", delay_windows: int = 2, **options: Any) -> None:
+        unknown = sorted(set(options) - set(ControlSettings.__dataclass_fields__))
+        if unknown:
+            raise ConfigError(
+                f"unknown option {unknown[0]!r}",
+                where="BudgetController",
+                accepted=", ".join(ControlSettings.__dataclass_fields__),
+                fix="leave it out",
+            )
+        self.settings = ControlSettings(law=law, delay_windows=delay_windows, **options)
+        self.budget: Budget | None = None
+        self._loops: dict[tuple[_Name, str], Loop] = {}
+        self._heat: HeatLoop | None = None
+        self._modelled: dict[str, bool] = dict.fromkeys(PHASES, False)
+        self.set_budget(budget)
+
+    @property
+    def power_cap_w(self) -> float | None:
+        """The power cap in force, in watts."""
+        caps = (self.budget.power_w if self.budget else None, self._heat.cap_w if self._heat else None)
+        return min((cap for cap in caps if cap is not None), default=None)
+
+    def set_budget(self, budget: Budget | None) -> None:
+        """Hold another budget from now on; what is known of the plant is kept, and targets move at once.
+
+        `output` says what the new budget asks for before the next window ends.
+        """
+        self.budget = budget
+        for phase in PHASES:
+            self._set_limit("j_per_token", phase, None if budget is None else budget.j_per_token_of(phase))
+        temp_c = None if budget is None else budget.temp_c
+        if temp_c is None:
+            self._heat = None
+        elif self._heat is None:
+            self._heat = HeatLoop(temp_c, self.settings.temp_margin_c)
+        else:
+            self._heat.limit_c = temp_c
+        self._spread_power_cap()
+
+    def _set_limit(self, name: _Name, phase: str, limit: float | None) -> None:
+        loop = self._loops.get((name, phase))
+        if limit is None:
+            self._loops.pop((name, phase), None)
+        elif loop is not None:
+            loop.set_limit(limit / loop.scale)
+        elif name == "j_per_token":
+            self._loops[name, phase] = Loop(self.settings, limit, starts_at_limit=True)
+        else:
+            # In parts of the cap and of the cost at price 0, power answers cost with a slope of about 1.
+            self._loops[name, phase] = Loop(self.settings, 1.0, scale=limit, starts_at_limit=False)
+
+    def _spread_power_cap(self) -> None:
+        for phase in PHASES:
+            self._set_limit("power_w", phase, self.power_cap_w)
+
+    def update(self, reading: ControlReading, cost_range: CostRange) -> ControlOutput:
+        """Take one window of a phase and return what the next one may cost.
+
+        Raises:
+            ConfigError: the phase is unknown.
+        """
+        self._check_phase(reading.phase)
+        trouble, corrupt = self._trouble_of(reading)
+        power_w, temp_c = _sound(reading.power_w), _sound(reading.temp_c)
+        if self._heat is not None and power_w is not None and temp_c is not None and self._fresh(reading):
+            # Protection goes on in windows whose joules are in doubt.
+            self._heat.update(reading.t_s, temp_c, power_w)
+            self._spread_power_cap()
+        self._modelled[reading.phase] = reading.status == "modelled"
+        if not self._modelled[reading.phase]:
+            for name in ("j_per_token", "power_w"):
+                loop = self._loops.get((name, reading.phase))
+                if loop is not None:
+                    self._feed(loop, name, reading, cost_range, trouble, corrupt)
+        return self.output(reading.phase, cost_range)
+
+    def _feed(
+        self, loop: Loop, name: _Name, reading: ControlReading, costs: CostRange, trouble: str | None, corrupt: bool
+    ) -> None:
+        value = getattr(reading, name)
+        if trouble is None and value is None:
+            trouble = reading.reason or f"no {'joules per token' if name == 'j_per_token' else 'power'} measured"
+        elif trouble is None and _sound(value) is None:
+            trouble, corrupt = f"{name} reads {value!r}", True
+        if loop.admit(reading.t_s, reading.window_s, trouble, corrupt=corrupt):
+            assert reading.cost_j is not None
+            unit_j = self._unit_j(name, costs)
+            if loop.slope.noise_var is None and reading.rel_sd:
+                loop.slope.noise_rel_sd = min(0.2, max(0.01, reading.rel_sd))
+            loop.update(value / loop.scale, reading.cost_j / unit_j, costs.low_j / unit_j, costs.high_j / unit_j)
+
+    @staticmethod
+    def _unit_j(name: _Name, costs: CostRange) -> float:
+        """Return the unit of cost of a loop: power goes by the part of the full cost, whatever the work is."""
+        return 1.0 if name == "j_per_token" else costs.high_j
+
+    def _fresh(self, reading: ControlReading) -> bool:
+        return reading.age_s <= 3 * self.settings.period_s
+
+    def _trouble_of(self, reading: ControlReading) -> tuple[str | None, bool]:
+        """Return why a window cannot move any loop, and whether that makes them stale at once."""
+        if reading.status == "invalid":
+            return reading.reason or "the reading is invalid", True
+        if not self._fresh(reading):
+            return f"the newest sample is {reading.age_s:.3g} s old", True
+        if reading.status == "flagged":
+            return reading.reason or "the reading is flagged", False
+        if not reading.window_s >= SHORTEST_REL * self.settings.period_s:
+            return f"a window of {reading.window_s:.3g} s is too short", False
+        if _sound(reading.cost_j) is None:
+            return f"the modelled cost of the window is {reading.cost_j!r}", False
+        return None, False
+
+    def output(self, phase: str, cost_range: CostRange) -> ControlOutput:
+        """Return what a phase may cost now: before the first window, or after a change of the budget.
+
+        Raises:
+            ConfigError: the phase is unknown.
+        """
+        self._check_phase(phase)
+        loops: dict[Limit, Loop] = {}
+        for name in ("j_per_token", "power_w"):
+            loop = self._loops.get((name, phase))
+            if loop is not None:
+                unit_j = self._unit_j(name, cost_range)
+                loop.see_range(cost_range.low_j / unit_j, cost_range.high_j / unit_j)
+                loops[self._limit_name(name)] = loop
+        modelled = self._modelled[phase]
+        if modelled:
+            loops = {name: loop for name, loop in loops.items() if name == "j_per_token"}
+            for loop in loops.values():
+                loop.target = min(loop.high, max(loop.low, loop.limit))
+        if not loops:
+            reason = "no budget" if self.budget is None else f"nothing of the budget can be held at {phase} yet"
+            if self.budget is not None and modelled:
+                reason = f"no sensor, and nothing of the budget is in joules per token at {phase}"
+            return ControlOutput(cost_target_j=None, state="OFF", reason=reason, price=self._price(0.0))
+        states = {name: judge(loop, name, phase, modelled=modelled) for name, loop in loops.items()}
+        return self._combine(loops, states, cost_range)
+
+    def _limit_name(self, name: _Name) -> Limit:
+        if name == "j_per_token":
+            return name
+        user_w = self.budget.power_w if self.budget else None
+        return "power_w" if user_w is not None and user_w == self.power_cap_w else "temp_c"
+
+    def _price(self, price: float) -> float | None:
+        return price if self.settings.law == "dual" else None
+
+    def _combine(
+        self, loops: dict[Limit, Loop], states: dict[Limit, tuple[ControlState, str]], costs: CostRange
+    ) -> ControlOutput:
+        reports: dict[Limit, LoopReport] = {}
+        targets: dict[Limit, float] = {}
+        prices: dict[Limit, float] = {}
+        for name, loop in loops.items():
+            unit_j = self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs)
+            state, reason = states[name]
+            able = state != "NO_AUTHORITY" and loop.target is not None
+            target_j = loop.target * unit_j if able and loop.target is not None else None
+            dual = self.settings.law == "dual"
+            if target_j is not None:
+                targets[name], prices[name] = target_j, loop.price
+            reports[name] = LoopReport(
+                state=state,
+                reason=reason,
+                limit=loop.limit * loop.scale,
+                measured=loop.measured,
+                cost_target_j=None if dual or loop.at_ceiling else target_j,
+                price=self._price(loop.price),
+                slope=loop.slope.value,
+                gain=loop.gain,
+            )
+        if self.settings.law == "dual":
+            return self._by_price(prices, reports)
+        if not targets:
+            first = next(iter(reports.values()))
+            return self._said(first, None, None, reports)
+        binding = min(targets, key=lambda name: targets[name])
+        applied = targets[binding]
+        for name, loop in loops.items():
+            if name in targets:
+                unit_j = self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs)
+                loop.active = name == binding and not (loop.at_floor or loop.at_ceiling)
+                loop.wait_above(applied / unit_j)
+        free = loops[binding].at_ceiling
+        return self._said(reports[binding], binding, None if free else applied, reports, free=free)
+
+    def _by_price(self, prices: dict[Limit, float], reports: dict[Limit, LoopReport]) -> ControlOutput:
+        assert self.settings.price_max is not None
+        if not prices:
+            return self._said(next(iter(reports.values())), None, None, reports, price=0.0)
+        binding = max(prices, key=lambda name: prices[name])
+        price = min(self.settings.price_max, math.fsum(prices.values()))
+        return self._said(reports[binding], binding, None, reports, free=price == 0, price=price)
+
+    def _said(
+        self,
+        report: LoopReport,
+        binding: Limit | None,
+        target_j: float | None,
+        reports: dict[Limit, LoopReport],
+        *,
+        free: bool = False,
+        price: float | None = None,
+    ) -> ControlOutput:
+        return ControlOutput(
+            cost_target_j=target_j,
+            state=report.state,
+            reason=report.reason,
+            binding=None if free else binding,
+            price=price,
+            power_cap_w=self.power_cap_w,
+            loops=reports,
+        )
+
+    @staticmethod
+    def _check_phase(phase: str) -> None:
+        if phase not in PHASES:
+            raise ConfigError(
+                f"unknown phase {phase!r}",
+                where="ControlReading.phase",
+                accepted=", ".join(PHASES),
+                fix="use one of them",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a later controller needs to go on bit by bit, as plain values that JSON keeps."""
+        return {
+            "version": STATE_VERSION,
+            "law": self.settings.law,
+            "budget": None if self.budget is None else self.budget.as_dict(),
+            "loops": [[name, phase, loop.state_dict()] for (name, phase), loop in self._loops.items()],
+            "heat": None if self._heat is None else self._heat.state_dict(),
+            "modelled": dict(self._modelled),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned, the budget included.
+
+        Raises:
+            CheckpointError: the state is of another version or law, or incomplete; nothing is changed then.
+        """
+        fresh = BudgetController(None)
+        fresh.settings = self.settings
+        try:
+            if state["version"] != STATE_VERSION or state["law"] != self.settings.law:
+                raise CheckpointError(
+                    f"a controller state of version {state['version']!r} and law {state['law']!r}",
+                    where="BudgetController.load_state_dict",
+                    accepted=f"version {STATE_VERSION}, law {self.settings.law!r}",
+                    fix="make the controller with the law the state was saved with, or start afresh",
+                )
+            fresh.set_budget(None if state["budget"] is None else Budget.parse(state["budget"]))
+            fresh._loops = {}
+            for name, phase, saved in state["loops"]:
+                loop = Loop(self.settings, 1.0, starts_at_limit=name == "j_per_token")
+                loop.load_state_dict(saved)
+                fresh._loops[name, phase] = loop
+            if fresh._heat is not None:
+                fresh._heat.load_state_dict(state["heat"])
+            fresh._modelled = {phase: bool(state["modelled"][phase]) for phase in PHASES}
+        except (KeyError, TypeError, ValueError) as cause:
+            raise CheckpointError(
+                f"the controller state lacks {cause}",
+                where="BudgetController.load_state_dict",
+                accepted="what state_dict returned",
+                fix="start afresh, without the state",
+            ) from cause
+        self.budget, self._loops, self._heat, self._modelled = (
+            fresh.budget,
+            fresh._loops,
+            fresh._heat,
+            fresh._modelled,
+        )
+
+
+def _sound(value: float | None) -> float | None:
+    """Return a reading that can be true: finite and above 0."""
+    return value if value is not None and 0 < value < math.inf else None

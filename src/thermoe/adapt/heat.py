@@ -1,0 +1,70 @@
+"""A temperature limit is held by a slow outer loop that lowers a power cap; it moves the total, never one expert.
+
+The die follows the heat sink, which takes about a minute, so the loop acts at most every 10 s. With e = (limit - margin) - T,
+its cap moves by k_p d e + k_i h e, k_p = 1 / R and k_i = k_p / tau, R the thermal resistance seen in the first reading
+against air of 30 C: the closed loop is then about as fast as the heat sink. Releasing is three times slower than
+tightening. Without a margin a step of the air would overshoot the limit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PERIOD_S = 10.0
+SINK_TAU_S = 60.0
+AIR_C = 30.0
+#: Kelvin below the aim at which the loop engages, and further below which it lets go.
+ENGAGE_K, RELEASE_K = 3.0, 5.0
+RELEASE_SLOWNESS = 3.0
+#: The cap stays within these parts of the power drawn, so that it does not wind up where the power does not follow.
+CAP_LOW, CAP_HIGH = 0.8, 1.1
+#: A cap above this part of the power drawn holds nothing.
+IDLE_CAP = 1.05
+
+
+class HeatLoop:
+    """Turns temperature readings into a power cap.
+
+    Args:
+        limit_c: the limit.
+        margin_c: how far below it the loop aims.
+    """
+
+    _FIELDS = ("limit_c", "margin_c", "cap_w", "kelvin_per_watt", "last_t_s", "last_room_k")
+
+    def __init__(self, limit_c: float, margin_c: float) -> None:
+        self.limit_c, self.margin_c = limit_c, margin_c
+        self.cap_w: float | None = None
+        self.kelvin_per_watt: float | None = None
+        self.last_t_s: float | None = None
+        self.last_room_k = 0.0
+
+    def update(self, t_s: float, temp_c: float, power_w: float) -> None:
+        """Take one reading; within 10 s of the last one that was used it is left alone."""
+        if self.last_t_s is not None and t_s - self.last_t_s < PERIOD_S - 1e-6:
+            return
+        passed_s = PERIOD_S if self.last_t_s is None else min(t_s - self.last_t_s, 3 * PERIOD_S)
+        self.last_t_s = t_s
+        room_k = self.limit_c - self.margin_c - temp_c
+        if self.cap_w is None:
+            if room_k < ENGAGE_K:
+                self.kelvin_per_watt = max(temp_c - AIR_C, 5.0) / power_w
+                self.cap_w = max(CAP_LOW * power_w, power_w + room_k / self.kelvin_per_watt)
+        elif room_k > RELEASE_K and self.cap_w > IDLE_CAP * power_w:
+            self.cap_w = None
+        else:
+            assert self.kelvin_per_watt is not None
+            pull = room_k / (RELEASE_SLOWNESS if room_k > 0 else 1.0)
+            move_k = room_k - self.last_room_k + pull * passed_s / SINK_TAU_S
+            cap_w = self.cap_w + move_k / self.kelvin_per_watt
+            self.cap_w = min(CAP_HIGH * power_w, max(CAP_LOW * power_w, cap_w))
+        self.last_room_k = room_k
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers."""
+        return {name: getattr(self, name) for name in self._FIELDS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        for name in self._FIELDS:
+            setattr(self, name, state[name])

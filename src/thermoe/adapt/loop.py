@@ -1,0 +1,317 @@
+"""One limit held by one integrator: a target for the modelled cost, or a price when textbook dual ascent is asked for.
+
+The plant is taken as y = alpha + beta C with C the modelled cost and y what is measured, in units in which beta is
+about 1. After each window with error eps = y - limit the cascade moves its target, and dual ascent its price,
+
+    C* <- clip(C* - eta eps / beta, C_min, C_max)          lambda <- clip(lambda + eta_l (eps + k_p d eps), 0, lambda_max)
+
+Turning C* into a price by the inverse of the modelled cost makes the first a Newton-preconditioned form of the second.
+A change of the limit moves C* at once by its modelled effect, and readings that cannot show it yet are corrected for it.
+Loop gain is eta times (true slope / assumed slope); with a delay of d whole windows the loop is stable below
+2 sin(pi / (2 (2 d + 1))) and free of overshoot up to d^d / (d + 1)^(d + 1).
+Dual ascent on a budget: arXiv 1111.6082, 2202.06152; the proportional part damps it (2007.03964).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from thermoe.adapt.slope import SlopeEstimate
+from thermoe.errors import ConfigError
+
+Law = Literal["cascade", "dual"]
+LARGEST_GAIN = 0.148
+#: Weight of a window in the filtered error.
+FILTER_RATE = 0.25
+#: Noise above 3 % of the limit halves the gain. An estimate from some 20 windows has to exceed it by its own error.
+NOISY_REL = 0.04
+#: Windows after which the first answer is trusted enough for a full step: the very first may hold warm-up.
+SETTLING_READINGS = 2
+#: A full step is worth it beyond this part of the limit; below, it would only follow noise.
+FULL_STEP_REL = 0.05
+#: A loop that does not bind waits at most this part of the range above the one that does.
+HEADROOM = 0.1
+#: A range narrower than this part of its top leaves nothing to choose.
+NO_RANGE_REL = 1e-3
+
+
+def stability_bound(delay_windows: int) -> float:
+    """Return the loop gain from which on the integral law diverges with ``delay_windows`` whole windows of delay."""
+    return 2.0 * math.sin(math.pi / (2 * (2 * delay_windows + 1)))
+
+
+def smooth_gain(delay_windows: int) -> float:
+    """Return the largest loop gain without overshoot."""
+    return float(delay_windows**delay_windows / (delay_windows + 1) ** (delay_windows + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSettings:
+    """How a budget is held.
+
+    Attributes:
+        law: ``cascade`` moves a cost target, ``dual`` a price.
+        delay_windows: whole windows from a decision to the first reading that shows it.
+        period_s: nominal length of a window, in seconds.
+        eta: loop gain; ``None`` takes the largest without overshoot for the delay, at most 0.148.
+        dead_band: largest dead-band, relative to the limit; 0 switches it off.
+        slew: largest move by feedback in one window, as a part of the cost range; ``inf`` switches it off.
+        refine_slope: follow the measured slope within [0.5, 2] of the modelled one.
+        feed_forward: act at once on a change of the limit and on the second reading; off leaves the feedback alone.
+        price_max: highest price in nats per joule, for the dual law.
+        proportional: weight of the change of the error in the dual law; 0 is textbook dual ascent.
+        temp_margin_c: how far below a temperature limit the loop aims.
+
+    Raises:
+        ConfigError: a value is outside its range, or the dual law lacks its highest price.
+    """
+
+    law: Law = "cascade"
+    delay_windows: int = 2
+    period_s: float = 2.0
+    eta: float | None = None
+    dead_band: float = 0.01
+    slew: float = 0.1
+    refine_slope: bool = True
+    feed_forward: bool = True
+    price_max: float | None = None
+    proportional: float = 0.0
+    temp_margin_c: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.law not in ("cascade", "dual"):
+            raise ConfigError(
+                f"unknown law {self.law!r}", where="control.law", accepted="'cascade', 'dual'", fix="use 'cascade'"
+            )
+        rules: tuple[tuple[str, bool, str, str], ...] = (
+            ("delay_windows", _whole(self.delay_windows) and 0 <= self.delay_windows <= 20, "an integer of 0 to 20", "2"),
+            ("period_s", _real(self.period_s) and 0 < self.period_s <= 3600, "seconds above 0, at most 3600", "2.0"),
+            ("eta", self.eta is None or (_real(self.eta) and 0 < self.eta < math.inf), "a number above 0, or None", "None"),
+            ("dead_band", _real(self.dead_band) and 0 <= self.dead_band < 1, "a number from 0 to below 1", "0.01"),
+            ("slew", _real(self.slew) and self.slew > 0, "a number above 0; inf for none", "0.1"),
+            (
+                "price_max",
+                (self.price_max is None and self.law == "cascade")
+                or (_real(self.price_max) and 0 < (self.price_max or 0) < math.inf),
+                "a finite number of nats per joule above 0; the dual law needs it",
+                "the price at which the cheapest routing is reached",
+            ),
+            ("proportional", _real(self.proportional) and 0 <= self.proportional < math.inf, "a number of at least 0", "0"),
+            ("temp_margin_c", _real(self.temp_margin_c) and 4 <= self.temp_margin_c < 50, "4 K or more", "4.0"),
+        )  # fmt: skip
+        for name, fits, accepted, usual in rules:
+            if not fits:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}",
+                    where=f"control.{name}",
+                    accepted=accepted,
+                    fix=f"use {usual}",
+                )
+
+    @property
+    def gain(self) -> float:
+        """The loop gain for a slope that is right."""
+        return self.eta if self.eta is not None else min(LARGEST_GAIN, smooth_gain(self.delay_windows))
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Loop:
+    """The integrator of one limit in one phase.
+
+    Args:
+        settings: how it moves.
+        limit: what y may be, in units in which y answers the cost with a slope of about 1.
+        scale: the size of that unit, for people: ``y * scale`` is in joules per token or watts.
+        starts_at_limit: whether the model predicts y = C, so that the limit itself is the first target.
+    """
+
+    _FIELDS = (
+        *("limit", "scale", "target", "price", "low", "high", "error", "last_error", "readings", "at_bound"),
+        *("jump", "jump_windows", "active", "bad_since_s", "stale", "good_windows", "trouble", "gave_up"),
+    )
+
+    def __init__(self, settings: ControlSettings, limit: float, *, scale: float = 1.0, starts_at_limit: bool) -> None:
+        self.settings = settings
+        self.limit, self.scale = limit, scale
+        self.starts_at_limit = starts_at_limit
+        self.slope = SlopeEstimate(refine=settings.refine_slope)
+        self.target: float | None = None
+        self.price = 0.0
+        self.low = self.high = 0.0
+        self.error = self.last_error = 0.0
+        self.readings = self.at_bound = 0
+        self.jump = 0.0
+        self.jump_windows = 0
+        #: Whether the target was inside its range and the tightest when it was last applied; the controller says so.
+        self.active = False
+        self.bad_since_s: float | None = None
+        self.stale = False
+        self.good_windows = 0
+        self.trouble: str | None = None
+        self.gave_up = False
+
+    @property
+    def band(self) -> float:
+        """The dead-band in force, in units of y: 2 standard deviations of the filtered error, at most its limit."""
+        sd = self.slope.noise_sd * math.sqrt(FILTER_RATE / (2 - FILTER_RATE))
+        return min(2 * sd, self.settings.dead_band * self.limit)
+
+    @property
+    def gain(self) -> float:
+        """The loop gain in force."""
+        noisy = self.slope.noise_sd > NOISY_REL * self.limit
+        return self.settings.gain / 2 if noisy and self.settings.eta is None else self.settings.gain
+
+    @property
+    def measured(self) -> float | None:
+        """The filtered reading in its own unit, ``None`` before the first."""
+        return (self.limit + self.error) * self.scale if self.readings else None
+
+    def see_range(self, low: float, high: float) -> None:
+        """Take the range that the cost has now; the first call sets the first target."""
+        self.low, self.high = low, high
+        if self.target is None:
+            self.target = self.limit if self.starts_at_limit and self.settings.feed_forward else high
+        self.target = min(high, max(low, self.target))
+
+    def set_limit(self, limit: float) -> None:
+        """Change the limit; a cost target moves with it at once."""
+        if limit == self.limit:
+            return
+        reading = self.limit + self.error
+        held, self.limit, executed = self.limit, limit, 0.0
+        if self.target is not None and self.settings.feed_forward and not self.gave_up:
+            # A loop at the end of its range, or waiting above another, is not where its old limit would have put it.
+            start = held if self.active or not self.readings else reading
+            executed = self._jump((limit - start) / self.slope.value)
+        if self.readings:
+            self.error = reading + self.slope.value * executed - limit
+        self.at_bound = 0
+
+    def _jump(self, move: float) -> float:
+        """Move the target by ``move`` as far as the range allows; return how far."""
+        assert self.target is not None
+        before = self.target
+        self.target = min(self.high, max(self.low, before + move))
+        pending = self.jump if self.jump_windows else 0.0
+        self.jump = pending + self.target - before
+        self.jump_windows = self.settings.delay_windows + 2
+        return self.target - before
+
+    def _not_shown_yet(self, cost: float) -> float:
+        """Return the part of the latest jumps that the window, with its ``cost``, did not run with."""
+        if not self.jump_windows or self.target is None:
+            return 0.0
+        self.jump_windows -= 1
+        behind = self.target - cost
+        return min(max(behind, 0.0), self.jump) if self.jump > 0 else max(min(behind, 0.0), self.jump)
+
+    def update(self, y: float, cost: float, low: float, high: float) -> None:
+        """Take one good window: ``y`` measured, ``cost`` modelled for what ran, and the range of the cost now."""
+        self.see_range(low, high)
+        assert self.target is not None
+        span = high - low
+        if span <= NO_RANGE_REL * high:
+            self.error, self.readings, self.price = y - self.limit, 0, 0.0
+            self.slope.interrupt()
+            return
+        self.slope.observe(cost, y, span)
+        if self.gave_up:
+            self.slope.fade()
+        self.readings += 1
+        error = y - self.limit + self.slope.value * self._not_shown_yet(cost)
+        self.error = error if self.readings == 1 else self.error + FILTER_RATE * (error - self.error)
+        lacking = self.slope.lacks_authority()
+        if lacking:
+            self.target, self.price, self.readings, self.jump_windows = high, 0.0, 1, 0
+        elif self.settings.law == "dual":
+            self._ascend(error, span)
+        else:
+            self._move(error, y, cost, span)
+        self.gave_up, self.last_error = lacking, error
+        at_end = self.at_floor if self.error > 0 else self.at_ceiling
+        self.at_bound = self.at_bound + 1 if at_end else 0
+
+    def _move(self, error: float, y: float, cost: float, span: float) -> None:
+        assert self.target is not None
+        off = y - self.limit
+        full = self.readings == SETTLING_READINGS and self.settings.feed_forward
+        if full and abs(off) > FULL_STEP_REL * self.limit:
+            self._jump(cost - off / self.slope.value - self.target)
+            self.error = 0.0
+        elif abs(self.error) > self.band:
+            most = self.settings.slew * span
+            step = min(most, max(-most, -self.gain * error / self.slope.value))
+            self.target = min(self.high, max(self.low, self.target + step))
+
+    def _ascend(self, error: float, span: float) -> None:
+        # With this step the loop gain is that of the cascade if the cost falls linearly from price 0 to the highest.
+        assert self.settings.price_max is not None
+        step = self.gain * self.settings.price_max / span
+        change = error - self.last_error if self.readings > 1 else 0.0
+        self.price += step * (error + self.settings.proportional * change)
+        self.price = min(self.settings.price_max, max(0.0, self.price))
+
+    @property
+    def at_floor(self) -> bool:
+        """Whether nothing cheaper is left to ask for."""
+        if self.settings.law == "dual":
+            return self.price == self.settings.price_max
+        return self.target is not None and self.target <= self.low
+
+    @property
+    def at_ceiling(self) -> bool:
+        """Whether nothing is asked for."""
+        return (
+            self.price == 0.0 if self.settings.law == "dual" else self.target is not None and self.target >= self.high
+        )
+
+    def wait_above(self, applied: float) -> None:
+        """Hold a target that does not bind close above the one that does, so that it does not wind up."""
+        if self.target is not None:
+            self.target = min(self.target, applied + HEADROOM * (self.high - self.low))
+
+    def admit(self, t_s: float, window_s: float, trouble: str | None, *, corrupt: bool) -> bool:
+        """Return whether a window may move the loop, and keep the account of windows that may not.
+
+        Args:
+            t_s: when the window ended.
+            window_s: how long it was.
+            trouble: why its reading cannot be used; ``None`` for a good one.
+            corrupt: whether the reading is wrong rather than missing: stale at once.
+        """
+        if trouble is None:
+            self.good_windows += 1
+            if self.stale and self.good_windows < 2:
+                self.trouble = "one good window; the next one moves the loop again"
+                return False
+            self.bad_since_s, self.stale, self.trouble = None, False, None
+            return True
+        self.good_windows = 0
+        self.trouble = trouble
+        self.slope.interrupt()
+        if self.bad_since_s is None:
+            self.bad_since_s = t_s - window_s
+        # The tolerance keeps three windows of the nominal length from counting as less for rounding.
+        if corrupt or t_s - self.bad_since_s >= (3 - 1e-6) * self.settings.period_s:
+            self.stale = True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {name: getattr(self, name) for name in self._FIELDS} | {"slope": self.slope.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        for name in self._FIELDS:
+            setattr(self, name, state[name])
+        self.slope.load_state_dict(state["slope"])
