@@ -1,0 +1,355 @@
+"""The price that brings the modelled cost of a token down to a target: the inner loop, which needs no sensor.
+
+The last rows of benefit u that each layer saw are kept, and the cost is modelled as if a price pi had been applied to
+them, C(pi). The answer is pi = inf {pi >= 0 : C(pi) <= C*}, so a router that changes (another text, test-time training)
+is compensated as soon as its rows are in. Where opening costs act, C falls only nearly monotonically; its running
+minimum over increasing prices is used throughout.
+
+The search is a grid of 32 geometric prices in one batched pass, then another between the two neighbours that enclose
+the target. Selection depends on u - pi c and on pi a alone, so dividing by pi leaves u / pi - c and a: many prices are
+many groups at price 1, for the same function the router calls.
+
+Shape letters: P prices, G groups, N tokens of a group, M rows kept, F forwards kept, E experts, K slots, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from thermoe.adapt.budget import PHASES, Phase
+from thermoe.adapt.controller import CostRange
+from thermoe.adapt.steps import Forward
+from thermoe.energy.cost_model import CostModel
+from thermoe.energy.cost_table import CostTable
+from thermoe.energy.work import ModelWork
+from thermoe.moe.decision import RoutingDecision
+from thermoe.moe.layer import Routed, routed_modules
+from thermoe.routers.priced import PricedRouter, open_experts
+
+#: Prices of one pass.
+GRID = 32
+#: Passes of a search without opening costs, and with them; each after the first divides the bracket by 31.
+PASSES, COUPLED_PASSES = 3, 2
+#: Widest span of prices that is searched; a price below 1e-7 of the highest removes nothing that a model could tell.
+SPAN = 1e7
+#: Costs of two experts closer than this, relative to the dearest, are not told apart by any price.
+LEAST_GAP = 1e-3
+#: Most forwards kept per phase, so that gathering their rows stays quick when each is one token.
+MOST_FORWARDS = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows of one layer in the groups in which they are routed: (G, N) each, u (G, N, E).
+
+    Args:
+        u: benefits, or for a router without a price whatever has its shape.
+        real: bool, false for padding.
+        forward: number of the forward a row belongs to.
+        weight: tokens a row stands for; above 1 where a forward was too long to be held whole.
+    """
+
+    u: Tensor
+    real: Tensor
+    forward: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """C over a grid of prices in the routers' unit; ``zero_j`` is C(0)."""
+
+    prices: list[float]
+    costs_j: list[float]
+    zero_j: float
+
+    @property
+    def low_j(self) -> float:
+        return min(self.zero_j, *self.costs_j)
+
+
+class PriceSolver:
+    """Finds prices for the priced routers of a model, from the rows they saw last.
+
+    Layers whose router is not priced count with what they did. Reads of the device happen in `cost_range`, `cost_at`
+    and `price_for`, one for each pass of a search; `observe` reads nothing.
+
+    Args:
+        model: a model with routed modules.
+        cost_model: the joules of work.
+        work: the work of ``model``; its layers are the routed modules in order.
+        rows: rows kept per phase.
+    """
+
+    def __init__(self, model: nn.Module, cost_model: CostModel, work: ModelWork, *, rows: int = 4096) -> None:
+        self.table = CostTable.of(cost_model, work)
+        self.modules: list[Routed] = [module for _, module in routed_modules(model)]
+        self._limit = rows
+        self._kept: dict[Phase, deque[Forward]] = {phase: deque() for phase in PHASES}
+        self._count: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+        self._curves: dict[Phase, _Curve] = {}
+        self._gathered: dict[tuple[Phase, int], list[_Rows]] = {}
+
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def observe(self, phase: Phase, batch_size: int | None = None) -> None:
+        """Keep the rows of the forward just made.
+
+        Args:
+            phase: of this forward.
+            batch_size: sequences in it; by default one in prefill, and one per row in decode.
+        """
+        decisions = [module.last_routing for module in self.modules]
+        rows = max((d.expert_index.shape[0] for d in decisions if d is not None), default=1)
+        batch = batch_size or (rows if phase == "decode" else 1)
+        forward = Forward.of(decisions, (batch, rows // batch))
+        if forward is not None:
+            self.keep(replace(forward, phase=phase))
+
+    def keep(self, forward: Forward) -> None:
+        """Keep the rows of ``forward``, and let go of the oldest beyond ``rows``; reads nothing."""
+        phase, kept = forward.phase, self._kept[forward.phase]
+        if forward.rows > self._limit:
+            forward = forward.tail(self._limit)
+        if kept and _layout(kept[-1]) != _layout(forward):  # other layers ran: the old rows say nothing of these
+            kept.clear()
+            self._count[phase] = 0
+        kept.append(forward)
+        self._count[phase] += forward.rows
+        while self._count[phase] - kept[0].rows >= self._limit or len(kept) > MOST_FORWARDS:
+            self._count[phase] -= kept.popleft().rows
+        self._curves.pop(phase, None)
+        self._gathered.clear()
+
+    def rows(self, phase: Phase) -> int:
+        """Return how many rows of a phase are kept."""
+        return self._count[phase]
+
+    # -- what is asked ------------------------------------------------------------------------------------------------
+
+    def cost_range(self, phase: Phase) -> CostRange | None:
+        """Return the cost at the highest price and at price 0, in J/token; ``None`` before anything was observed."""
+        curve = self._curve(phase)
+        return None if curve is None else CostRange(low_j=curve.low_j, high_j=curve.zero_j)
+
+    def cost_at(self, phase: Phase, price: float) -> float | None:
+        """Return C(price) in J/token, ``price`` in nats/J; ``None`` before anything was observed."""
+        if not self._kept[phase]:
+            return None
+        prices = [price * self.table.unit_j] if price > 0 else None
+        return float(self._costs(phase, prices)[0])
+
+    def price_for(self, phase: Phase, cost_target_j: float) -> float:
+        """Return the lowest price, in nats/J, at which the modelled cost is at most ``cost_target_j`` J/token.
+
+        0 at or above the cost at price 0 and before anything was observed; below the lowest cost the finite price at
+        which every token keeps k_min experts and nothing optional is open.
+        """
+        curve = self._curve(phase)
+        if curve is None or cost_target_j >= curve.zero_j:
+            return 0.0
+        if cost_target_j < curve.low_j:
+            return curve.prices[-1] / self.table.unit_j
+        prices, costs = curve.prices, curve.costs_j
+        for _ in range(1, COUPLED_PASSES if self._coupled_anywhere(phase) else PASSES):
+            place = _first_at_most(costs, cost_target_j)
+            below = prices[place - 1] if place else prices[0] / 1e3
+            prices = _geometric(below, prices[place])
+            costs = self._costs(phase, prices).tolist()
+        return prices[_first_at_most(costs, cost_target_j)] / self.table.unit_j
+
+    # -- the model of the cost ----------------------------------------------------------------------------------------
+
+    def _curve(self, phase: Phase) -> _Curve | None:
+        if not self._kept[phase]:
+            return None
+        if phase not in self._curves:
+            prices = _geometric(*self._bounds(phase))
+            zero, costs = self._costs(phase, None), self._costs(phase, prices)
+            zero_j, *costs_j = torch.cat([zero, costs.to(zero.device)]).tolist()
+            self._curves[phase] = _Curve(prices, costs_j, zero_j)
+        return self._curves[phase]
+
+    def _coupled_anywhere(self, phase: Phase) -> bool:
+        routers = (module.router for module in self.modules)
+        return any(isinstance(router, PricedRouter) and _couples(router, phase) for router in routers)
+
+    def _bounds(self, phase: Phase) -> tuple[float, float]:
+        """Return prices between which selection changes: the least benefit that counts, and more than all of them."""
+        found: list[Tensor] = []
+        for place, module in enumerate(self.modules):
+            router = module.router
+            if not isinstance(router, PricedRouter):
+                continue
+            coupled = _couples(router, phase)
+            pair, opening = router.pair_cost, router.open_cost * coupled
+            gaps = pair.sort().values.diff()
+            finest = torch.where(gaps > LEAST_GAP * pair.max(), gaps, math.inf).amin() if len(gaps) else math.inf
+            for rows in self._rows(phase, place, coupled):
+                top = rows.u.topk(_k_max(router), -1).values
+                counts = rows.real.unsqueeze(-1) & (top > torch.finfo(top.dtype).tiny)
+                least, best = torch.where(counts, top, math.inf).amin(), torch.where(counts, top, 0).amax()
+                highs = (1 / _least(pair), 1 / finest, rows.u.shape[1] / _least(opening))
+                high = best * torch.stack([torch.as_tensor(h, device=best.device) for h in highs]).amax()
+                found.append(torch.stack([least / (pair.max() + opening.max()), high]))
+        if not found:
+            return 1 / GRID, 1.0
+        ends = torch.stack([pair.to(found[0].device) for pair in found]).cpu()
+        least_price, most_price = float(ends[:, 0].min()), 1.01 * float(ends[:, 1].max()) or 1.0
+        return max(min(0.99 * least_price, most_price / 10), most_price / SPAN), most_price
+
+    def _costs(self, phase: Phase, prices: Sequence[float] | None) -> Tensor:
+        """Return (P,), J/token at ``prices``, in the routers' unit and above 0; ``None`` is price 0 alone."""
+        kept = self._kept[phase]
+        total = torch.zeros(1 if prices is None else len(prices))
+        for place in range(len(self.modules)):
+            for index, used, rows in self._choices(phase, place, prices):
+                total = total.to(used.device) + self._layer_j(place, len(kept), index, used, rows)
+        tokens = torch.stack([_tokens(forward).to(total.device) for forward in kept]).sum()
+        return (self.table.forward_j * len(kept) + total) / tokens.clamp(min=1) + self.table.token_j
+
+    def _layer_j(self, place: int, forwards: int, index: Tensor, used: Tensor, rows: _Rows) -> Tensor:
+        """Return (P,), the joules of one layer's pairs and openings for a choice ``index`` (P, G, N, K)."""
+        experts = rows.u.shape[-1]
+        index = index.clamp(max=experts - 1)
+        pair_j, open_j = (
+            t[place, :experts].to(used.device, torch.float32) for t in (self.table.pair_j, self.table.open_j)
+        )
+        spent = torch.where(used, pair_j[index] * rows.weight.unsqueeze(-1), 0).sum((1, 2, 3))
+        slot = torch.where(used, rows.forward.unsqueeze(-1) * experts + index, forwards * experts)
+        opened = torch.zeros(used.shape[0], forwards * experts + 1, device=used.device).scatter_(
+            1, slot.flatten(1), 1.0
+        )
+        return spent + (opened[:, :-1].unflatten(1, (forwards, experts)).sum(1) * open_j).sum(-1)
+
+    def _choices(
+        self, phase: Phase, place: int, prices: Sequence[float] | None
+    ) -> Iterator[tuple[Tensor, Tensor, _Rows]]:
+        """Yield the experts a layer would choose, (P or 1, G, N, K), which of these slots it uses, and the rows."""
+        router = self.modules[place].router
+        if isinstance(router, PricedRouter):
+            coupled = _couples(router, phase)
+            for rows in self._rows(phase, place, coupled):
+                yield *_select(router, rows, prices, coupled), rows
+            return
+        decisions = [forward.decisions[place] for forward in self._kept[phase]]
+        index = torch.cat([d.expert_index for d in decisions if d is not None]) if decisions[0] is not None else None
+        for rows in self._rows(phase, place, False):
+            assert index is not None
+            yield index[None, None], (index < rows.u.shape[-1])[None, None] & rows.real[..., None], rows
+
+    def _rows(self, phase: Phase, place: int, coupled: bool) -> list[_Rows]:
+        """Return the rows of a layer: in one group where each is routed by itself, else by position and batch size."""
+        if (phase, place) in self._gathered:
+            return self._gathered[phase, place]
+        module, kept = self.modules[place], list(enumerate(self._kept[phase]))
+        groups: list[list[tuple[int, Forward]]] = [kept]
+        if coupled:
+            by_batch = defaultdict(list)
+            for number, forward in kept:
+                by_batch[forward.batch_size].append((number, forward))
+            groups = list(by_batch.values())
+        found = []
+        for members in groups:
+            decisions = [d for _, forward in members if (d := forward.decisions[place]) is not None]
+            if not decisions:
+                continue
+            u = _benefit(module, decisions)
+            sizes = torch.tensor([forward.rows for _, forward in members])
+            numbers = torch.tensor([number for number, _ in members]).repeat_interleave(sizes)
+            weights = torch.tensor([1 / forward.kept_frac for _, forward in members]).repeat_interleave(sizes)
+            masks = [
+                torch.ones_like(d.expert_index[:, 0], dtype=torch.bool) if d.padding_mask is None else d.padding_mask
+                for d in decisions
+            ]
+            facts = [u, torch.cat(masks), numbers.to(u.device), weights.to(u.device)]
+            if coupled:  # forwards of one batch size, each (B, S) row by row, to one group a position
+                batch = members[0][1].batch_size
+                facts = [_by_position(t, batch, sizes.tolist()) for t in facts]
+            else:
+                facts = [t.unsqueeze(0) for t in facts]
+            found.append(_Rows(*facts))
+        self._gathered[phase, place] = found
+        return found
+
+
+def _layout(forward: Forward) -> tuple[bool, ...]:
+    """Return which modules ran on all rows of a forward."""
+    return tuple(d is not None and d.expert_index.shape[0] == forward.rows for d in forward.decisions)
+
+
+def _by_position(values: Tensor, batch: int, sizes: Sequence[int]) -> Tensor:
+    """Return (M, ...), forwards of ``sizes`` rows, as (positions, B, ...)."""
+    parts = (part.unflatten(0, (batch, -1)).transpose(0, 1) for part in values.split(list(sizes)))
+    return torch.cat(list(parts))
+
+
+def _tokens(forward: Forward) -> Tensor:
+    """Return the real tokens of a forward, a scalar."""
+    masks = [d.padding_mask for d in forward.decisions if d is not None]
+    held = torch.tensor(forward.rows) if masks[0] is None else masks[0].sum()
+    return held / forward.kept_frac
+
+
+def _benefit(module: Routed, decisions: Sequence[RoutingDecision]) -> Tensor:
+    """Return u (M, E), what the priced router of ``module`` weighs against its price."""
+    if not isinstance(module.router, PricedRouter):
+        return torch.cat([d.logits[:, : d.num_experts] for d in decisions])
+    scores = getattr(module, "selection_scores", None)  # an attached router ranks by its model's own scores
+    if scores is None:
+        return module.router.kappa * torch.cat([d.probabilities for d in decisions])
+    return module.router.kappa * scores(torch.cat([d.logits for d in decisions]))
+
+
+def _couples(router: PricedRouter, phase: Phase) -> bool:
+    """Whether opening costs act on the choice of the router in this phase."""
+    return router.couples_tokens and not router.batch_invariant and (phase == "decode" or router.group_by_position)
+
+
+def _k_max(router: PricedRouter) -> int:
+    return router.active_top_k or router.top_k
+
+
+def _least(costs: Tensor) -> Tensor:
+    """Return the lowest cost above 0, infinite where there is none."""
+    return torch.where(costs > 0, costs, math.inf).amin()
+
+
+def _select(router: PricedRouter, rows: _Rows, prices: Sequence[float] | None, coupled: bool) -> tuple[Tensor, Tensor]:
+    """Return the choice of ``router`` at each price: ids (P, G, N, K) and which of these slots are used."""
+    k_max, real = _k_max(router), rows.real.unsqueeze(-1)
+    k_min = min(router.k_min, k_max)
+    if prices is None:
+        index = rows.u.topk(k_max, -1).indices.unsqueeze(0)
+        return index, real.expand_as(index[0]).unsqueeze(0)
+    pair = router.pair_cost
+    u = rows.u / torch.tensor(prices, device=pair.device, dtype=torch.float32).view(-1, 1, 1, 1)
+    r, key = u - pair, u - (pair - pair.min())
+    opened = torch.ones_like(r, dtype=torch.bool)
+    if coupled:
+        groups = u.flatten(0, 1)
+        mask = rows.real.expand(len(prices), *rows.real.shape).flatten(0, 1)
+        one = torch.ones((), device=u.device)
+        found = open_experts(groups, mask, one, pair, router.open_cost, k_min, k_max, router.drop)
+        opened = found.unflatten(0, u.shape[:2]).unsqueeze(2).expand_as(u)
+        key = torch.where(opened, key, torch.finfo(key.dtype).min)
+    index = key.topk(k_max, -1).indices
+    kept = torch.arange(k_max, device=u.device) < k_min
+    return index, ((r.gather(-1, index) > 0) | kept) & opened.gather(-1, index) & real
+
+
+def _geometric(low: float, high: float) -> list[float]:
+    """Return `GRID` prices from ``low`` to ``high``, both included."""
+    ratio = (high / low) ** (1 / (GRID - 1))
+    return [low * ratio**step for step in range(GRID - 1)] + [high]
+
+
+def _first_at_most(costs: Sequence[float], target: float) -> int:
+    """Return the place of the first cost that is no more than ``target``; the last place when there is none."""
+    return next((place for place, cost in enumerate(costs) if cost <= target), len(costs) - 1)
