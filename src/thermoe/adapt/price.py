@@ -5,9 +5,10 @@ them, C(pi). The answer is pi = inf {pi >= 0 : C(pi) <= C*}, so a router that ch
 is compensated as soon as its rows are in. Where opening costs act, C falls only nearly monotonically; its running
 minimum over increasing prices is used throughout.
 
-The search is a grid of 32 geometric prices in one batched pass, then another between the two neighbours that enclose
-the target. Selection depends on u - pi c and on pi a alone, so dividing by pi leaves u / pi - c and a: many prices are
-many groups at price 1, for the same function the router calls.
+The search is a grid of 32 geometric prices in one batched pass, then grids of 8 between the two neighbours that enclose
+the target; it begins near the last price where that still encloses the target. Selection depends on u - pi c and on
+pi a alone, so dividing by pi leaves u / pi - c and a: many prices are many groups at price 1, for the same function the
+router calls.
 
 Shape letters: P prices, G groups, N tokens of a group, M rows kept, F forwards kept, E experts, K slots, L layers.
 """
@@ -30,16 +31,21 @@ from thermoe.energy.cost_table import CostTable
 from thermoe.energy.work import ModelWork
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import Routed, routed_modules
+from thermoe.routers.base import Router
 from thermoe.routers.priced import PricedRouter, open_experts
 
-#: Prices of one pass.
-GRID = 32
-#: Passes of a search without opening costs, and with them; each after the first divides the bracket by 31.
-PASSES, COUPLED_PASSES = 3, 2
+#: Prices of the first pass of a search from nothing, and of any other pass.
+GRID, FINE_GRID = 32, 8
+#: A search ends when neighbouring prices differ by no more than this factor.
+RESOLUTION = 1.01
+#: A search from the last price looks this far to both sides first.
+NEAR = 1.5
 #: Widest span of prices that is searched; a price below 1e-7 of the highest removes nothing that a model could tell.
 SPAN = 1e7
 #: Costs of two experts closer than this, relative to the dearest, are not told apart by any price.
 LEAST_GAP = 1e-3
+#: Most rows kept of a phase in which opening costs act: there each price takes a pass over all experts in turn.
+COUPLED_ROWS = 1024
 #: Most forwards kept per phase, so that gathering their rows stays quick when each is one token.
 MOST_FORWARDS = 512
 
@@ -62,16 +68,13 @@ class _Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Curve:
-    """C over a grid of prices in the routers' unit; ``zero_j`` is C(0)."""
+class _Ends:
+    """The range of prices that change anything, in the routers' unit, and what its ends cost in J/token."""
 
-    prices: list[float]
-    costs_j: list[float]
+    low_price: float
+    high_price: float
+    low_j: float
     zero_j: float
-
-    @property
-    def low_j(self) -> float:
-        return min(self.zero_j, *self.costs_j)
 
 
 class PriceSolver:
@@ -84,7 +87,7 @@ class PriceSolver:
         model: a model with routed modules.
         cost_model: the joules of work.
         work: the work of ``model``; its layers are the routed modules in order.
-        rows: rows kept per phase.
+        rows: rows kept per phase; at most `COUPLED_ROWS` where opening costs act.
     """
 
     def __init__(self, model: nn.Module, cost_model: CostModel, work: ModelWork, *, rows: int = 4096) -> None:
@@ -93,7 +96,8 @@ class PriceSolver:
         self._limit = rows
         self._kept: dict[Phase, deque[Forward]] = {phase: deque() for phase in PHASES}
         self._count: dict[Phase, int] = dict.fromkeys(PHASES, 0)
-        self._curves: dict[Phase, _Curve] = {}
+        self._found: dict[Phase, float] = {}
+        self._ends: dict[Phase, _Ends] = {}
         self._gathered: dict[tuple[Phase, int], list[_Rows]] = {}
 
     # -- what is kept -------------------------------------------------------------------------------------------------
@@ -115,16 +119,17 @@ class PriceSolver:
     def keep(self, forward: Forward) -> None:
         """Keep the rows of ``forward``, and let go of the oldest beyond ``rows``; reads nothing."""
         phase, kept = forward.phase, self._kept[forward.phase]
-        if forward.rows > self._limit:
-            forward = forward.tail(self._limit)
+        limit = min(self._limit, COUPLED_ROWS) if self._coupled_anywhere(phase) else self._limit
+        if forward.rows > limit:
+            forward = forward.tail(limit)
         if kept and _layout(kept[-1]) != _layout(forward):  # other layers ran: the old rows say nothing of these
             kept.clear()
             self._count[phase] = 0
         kept.append(forward)
         self._count[phase] += forward.rows
-        while self._count[phase] - kept[0].rows >= self._limit or len(kept) > MOST_FORWARDS:
+        while self._count[phase] - kept[0].rows >= limit or len(kept) > MOST_FORWARDS:
             self._count[phase] -= kept.popleft().rows
-        self._curves.pop(phase, None)
+        self._ends.pop(phase, None)
         self._gathered.clear()
 
     def rows(self, phase: Phase) -> int:
@@ -135,8 +140,8 @@ class PriceSolver:
 
     def cost_range(self, phase: Phase) -> CostRange | None:
         """Return the cost at the highest price and at price 0, in J/token; ``None`` before anything was observed."""
-        curve = self._curve(phase)
-        return None if curve is None else CostRange(low_j=curve.low_j, high_j=curve.zero_j)
+        ends = self._ends_of(phase)
+        return None if ends is None else CostRange(low_j=min(ends.low_j, ends.zero_j), high_j=ends.zero_j)
 
     def cost_at(self, phase: Phase, price: float) -> float | None:
         """Return C(price) in J/token, ``price`` in nats/J; ``None`` before anything was observed."""
@@ -151,30 +156,43 @@ class PriceSolver:
         0 at or above the cost at price 0 and before anything was observed; below the lowest cost the finite price at
         which every token keeps k_min experts and nothing optional is open.
         """
-        curve = self._curve(phase)
-        if curve is None or cost_target_j >= curve.zero_j:
+        ends = self._ends_of(phase)
+        if ends is None or cost_target_j >= ends.zero_j:
             return 0.0
-        if cost_target_j < curve.low_j:
-            return curve.prices[-1] / self.table.unit_j
-        prices, costs = curve.prices, curve.costs_j
-        for _ in range(1, COUPLED_PASSES if self._coupled_anywhere(phase) else PASSES):
-            place = _first_at_most(costs, cost_target_j)
-            below = prices[place - 1] if place else prices[0] / 1e3
-            prices = _geometric(below, prices[place])
-            costs = self._costs(phase, prices).tolist()
-        return prices[_first_at_most(costs, cost_target_j)] / self.table.unit_j
+        price = ends.high_price
+        if cost_target_j >= ends.low_j:
+            price = self._found[phase] = self._search(phase, ends, cost_target_j)
+        return price / self.table.unit_j
+
+    def _search(self, phase: Phase, ends: _Ends, target_j: float) -> float:
+        """Return the lowest price that meets a target which the highest one meets and price 0 does not."""
+        last, place = self._found.get(phase), None
+        if last is not None and ends.low_price < last / NEAR:
+            prices = _geometric(last / NEAR, max(last, min(NEAR * last, ends.high_price)), FINE_GRID)
+            place = self._first_that_meets(phase, prices, target_j)
+        if not place:  # the last price is not near
+            prices = _geometric(ends.low_price, ends.high_price, GRID)
+            place = self._first_that_meets(phase, prices, target_j)
+        while place and prices[place] > RESOLUTION * prices[place - 1]:
+            prices = _geometric(prices[place - 1], prices[place], FINE_GRID)
+            place = self._first_that_meets(phase, prices, target_j)
+        return prices[-1 if place is None else place]
+
+    def _first_that_meets(self, phase: Phase, prices: Sequence[float], target_j: float) -> int | None:
+        costs = self._costs(phase, prices).tolist()
+        return next((place for place, cost in enumerate(costs) if cost <= target_j), None)
 
     # -- the model of the cost ----------------------------------------------------------------------------------------
 
-    def _curve(self, phase: Phase) -> _Curve | None:
+    def _ends_of(self, phase: Phase) -> _Ends | None:
         if not self._kept[phase]:
             return None
-        if phase not in self._curves:
-            prices = _geometric(*self._bounds(phase))
-            zero, costs = self._costs(phase, None), self._costs(phase, prices)
-            zero_j, *costs_j = torch.cat([zero, costs.to(zero.device)]).tolist()
-            self._curves[phase] = _Curve(prices, costs_j, zero_j)
-        return self._curves[phase]
+        if phase not in self._ends:
+            low, high = self._bounds(phase)
+            zero, most = self._costs(phase, None), self._costs(phase, [high])
+            zero_j, low_j = torch.cat([zero, most.to(zero.device)]).tolist()
+            self._ends[phase] = _Ends(low, high, low_j, zero_j)
+        return self._ends[phase]
 
     def _coupled_anywhere(self, phase: Phase) -> bool:
         routers = (module.router for module in self.modules)
@@ -279,6 +297,24 @@ class PriceSolver:
         return found
 
 
+def range_alone(model: nn.Module, cost_model: CostModel) -> tuple[float, float] | None:
+    """Return the least and the most J/token that one sequence costs at decode; ``None`` for a model without routers.
+
+    The least is one expert in each layer, the cheapest; the most is top-k of the dearest.
+    """
+    routers = [module.router for _, module in routed_modules(model)]
+    if not routers:
+        return None
+    table = CostTable.of(cost_model, ModelWork.of(model))
+    alone_j = table.forward_j + table.token_j
+    low_j = high_j = alone_j
+    for each_j, router in zip(table.pair_j + table.open_j, routers, strict=True):
+        assert isinstance(router, Router)
+        low_j += float(each_j[: router.num_experts].min())
+        high_j += router.top_k * float(each_j.max())
+    return low_j, high_j
+
+
 def _layout(forward: Forward) -> tuple[bool, ...]:
     """Return which modules ran on all rows of a forward."""
     return tuple(d is not None and d.expert_index.shape[0] == forward.rows for d in forward.decisions)
@@ -344,12 +380,7 @@ def _select(router: PricedRouter, rows: _Rows, prices: Sequence[float] | None, c
     return index, ((r.gather(-1, index) > 0) | kept) & opened.gather(-1, index) & real
 
 
-def _geometric(low: float, high: float) -> list[float]:
-    """Return `GRID` prices from ``low`` to ``high``, both included."""
-    ratio = (high / low) ** (1 / (GRID - 1))
-    return [low * ratio**step for step in range(GRID - 1)] + [high]
-
-
-def _first_at_most(costs: Sequence[float], target: float) -> int:
-    """Return the place of the first cost that is no more than ``target``; the last place when there is none."""
-    return next((place for place, cost in enumerate(costs) if cost <= target), len(costs) - 1)
+def _geometric(low: float, high: float, count: int) -> list[float]:
+    """Return ``count`` prices from ``low`` to ``high``, both included."""
+    ratio = (high / low) ** (1 / (count - 1))
+    return [low * ratio**step for step in range(count - 1)] + [high]

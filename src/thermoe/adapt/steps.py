@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from thermoe.adapt.budget import PHASES, Phase
+from thermoe.adapt.controller import ControlReading
 from thermoe.energy.cost_table import CostTable
 from thermoe.moe.decision import RoutingDecision
 from thermoe.telemetry.meter import EnergyMeter
@@ -105,7 +106,8 @@ class ForwardCount:
         phase: of the forward.
         tokens: real tokens.
         finished_s: when the device had done it, on the meter's clock.
-        pairs: float32 (L, E), tokens per expert.
+        pairs: float32 (L, E), tokens per expert; 0 in a layer that did not run.
+        layers: layers that ran.
         energy_j: modelled joules.
     """
 
@@ -113,6 +115,7 @@ class ForwardCount:
     tokens: int
     finished_s: float
     pairs: Tensor
+    layers: int
     energy_j: float
 
 
@@ -131,7 +134,7 @@ class ForwardLog:
         self._held_rows = 0
         self._noted = 0
         # Counts on the device: (places and marks of F forwards, float32 (F, 1 + L * E) with their tokens in front).
-        self._folded: list[tuple[list[tuple[int, Phase, Mark]], Tensor]] = []
+        self._folded: list[tuple[list[tuple[int, Phase, Mark, int]], Tensor]] = []
 
     def add(self, forward: Forward, mark: Mark) -> None:
         """Note a forward; reads nothing."""
@@ -152,7 +155,8 @@ class ForwardLog:
             alike[tuple(None if d is None else d.expert_index.shape for d in entry[1].decisions)].append(entry)
         for entries in alike.values():
             forwards = [forward for _, forward, _ in entries]
-            marks = [(place, forward.phase, mark) for place, forward, mark in entries]
+            layers = sum(decision is not None for decision in forwards[0].decisions)
+            marks = [(place, forward.phase, mark, layers) for place, forward, mark in entries]
             self._folded.append((marks, self._count(forwards)))
         self._held, self._held_rows = [], 0
 
@@ -183,8 +187,9 @@ class ForwardLog:
             read = counts.cpu()
             tokens, pairs = read[:, 0], read[:, 1:].unflatten(1, self._shape)
             joules = self._table.joules(tokens, pairs, (pairs > 0).float()).tolist()
-            for row, (place, phase, mark) in enumerate(marks):
-                found.append((place, ForwardCount(phase, int(tokens[row]), mark.time_s(), pairs[row], joules[row])))
+            for row, (place, phase, mark, layers) in enumerate(marks):
+                count = ForwardCount(phase, int(tokens[row]), mark.time_s(), pairs[row], layers, joules[row])
+                found.append((place, count))
         self._folded = []
         return [count for _, count in sorted(found, key=lambda pair: pair[0])]
 
@@ -210,6 +215,46 @@ class PhaseWindow:
     measured_j: float | None
     age_s: float
     window: EnergyWindow
+
+    @property
+    def j_per_token(self) -> float | None:
+        """Measured joules per token of this phase."""
+        return None if self.measured_j is None else self.measured_j / self.tokens
+
+    def reading(self) -> ControlReading:
+        """Return what the controller gets of it."""
+        window, status = self.window, self.window.status
+        if status == "invalid":  # a number that is missing is waited for; one that cannot be true is not
+            status = "invalid" if "counter_reset" in window.flags else "flagged"
+        return ControlReading(
+            phase=self.phase,
+            t_s=self.t_s,
+            window_s=window.duration_s,
+            tokens=self.tokens,
+            j_per_token=self.j_per_token,
+            rel_sd=window.energy_rel_sd,
+            power_w=window.power_w,
+            temp_c=window.temp_end_c,
+            age_s=self.age_s,
+            status=status,
+            reason=window.reason,
+            cost_j=self.modelled_j / self.tokens,
+        )
+
+    def as_row(self) -> dict[str, Any]:
+        """Return it as plain numbers with their units."""
+        return {
+            "t_s": self.t_s,
+            "phase": self.phase,
+            "tokens": self.tokens,
+            "j_per_token_measured": self.j_per_token,
+            "j_per_token_modelled": self.modelled_j / self.tokens,
+            "power_w": self.window.power_w,
+            "temp_c": self.window.temp_end_c,
+            "window_s": self.window.duration_s,
+            "provenance": self.window.provenance,
+            "reason": self.window.reason,
+        }
 
 
 class EnergyWindows:
