@@ -11,97 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thermoe.adapt.budget import PHASES, Budget
-from thermoe.adapt.control_state import ControlState, Limit, LoopReport, judge
+from thermoe.adapt.control_settings import ControlSettings, Law
+from thermoe.adapt.control_state import judge
 from thermoe.adapt.heat import HeatLoop
-from thermoe.adapt.loop import ControlSettings, Law, Loop
+from thermoe.adapt.loop import Loop
+from thermoe.adapt.readings import ControlOutput, ControlReading, ControlState, CostRange, Limit, LoopReport
 from thermoe.errors import CheckpointError, ConfigError
+
+__all__ = ["BudgetController", "ControlOutput", "ControlReading", "ControlState", "CostRange", "LoopReport"]
 
 #: A window shorter than this part of the nominal one has too few counter ticks.
 SHORTEST_REL = 0.5
 STATE_VERSION = 1
 _Name = Literal["j_per_token", "power_w"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlReading:
-    """One window of one phase.
-
-    Attributes:
-        phase: ``prefill`` or ``decode``.
-        t_s: when the window ended, on a monotonic clock.
-        window_s: how long it was.
-        tokens: tokens of this phase in it.
-        j_per_token: measured gross joules per token of this phase; ``None`` when not measured.
-        rel_sd: relative standard deviation of it, where the sensor knows.
-        power_w: mean power of the whole window, in watts.
-        temp_c: hottest device at its end, in degrees Celsius.
-        age_s: age of the newest sample when the reading was made.
-        status: ``valid``; ``flagged`` (a number with a caveat); ``invalid`` (a number that cannot be true, such as
-            after a reset of the counter); ``modelled`` (there is no sensor: the model alone is to be held).
-        reason: why it is not ``valid``.
-        cost_j: modelled cost of the routing that really ran in the window, in J/token of this phase.
-    """
-
-    phase: str
-    t_s: float
-    window_s: float
-    tokens: float
-    j_per_token: float | None = None
-    rel_sd: float | None = None
-    power_w: float | None = None
-    temp_c: float | None = None
-    age_s: float = 0.0
-    status: Literal["valid", "flagged", "invalid", "modelled"] = "valid"
-    reason: str | None = None
-    cost_j: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostRange:
-    """What a phase can cost now: modelled J/token at the highest price and at price 0.
-
-    Raises:
-        ConfigError: the ends are not finite, not above 0, or the wrong way round.
-    """
-
-    low_j: float
-    high_j: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low_j <= self.high_j < math.inf:
-            raise ConfigError(
-                f"a cost from {self.low_j!r} to {self.high_j!r} J/token",
-                where="CostRange",
-                accepted="0 < low_j <= high_j, both finite",
-                fix="give the modelled cost at the highest price and at price 0",
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlOutput:
-    """What to do in the next window of a phase, and why.
-
-    Attributes:
-        cost_target_j: modelled J/token to stay within; ``None``: run at price 0 (or at ``price`` in the dual law).
-        state: the state of the phase.
-        reason: the same in a sentence.
-        binding: the limit that set the target; ``None`` when none does.
-        price: nats per joule, in the dual law only.
-        power_cap_w: power cap in force, the user's or the one a temperature limit lowered it to.
-        loops: each limit by itself.
-    """
-
-    cost_target_j: float | None
-    state: ControlState
-    reason: str
-    binding: Limit | None = None
-    price: float | None = None
-    power_cap_w: float | None = None
-    loops: Mapping[Limit, LoopReport] = field(default_factory=dict)
 
 
 class BudgetController:
@@ -204,7 +129,7 @@ class BudgetController:
         if loop.admit(reading.t_s, reading.window_s, trouble, corrupt=corrupt):
             assert reading.cost_j is not None
             unit_j = self._unit_j(name, costs)
-            if loop.slope.noise_var is None and reading.rel_sd:
+            if loop.slope.noise_rel_var is None and reading.rel_sd:
                 loop.slope.noise_rel_sd = min(0.2, max(0.01, reading.rel_sd))
             loop.update(value / loop.scale, reading.cost_j / unit_j, costs.low_j / unit_j, costs.high_j / unit_j)
 

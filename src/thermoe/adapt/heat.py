@@ -1,9 +1,9 @@
 """A temperature limit is held by a slow outer loop that lowers a power cap; it moves the total, never one expert.
 
-The die follows the heat sink, which takes about a minute, so the loop acts at most every 10 s. With e = (limit - margin) - T,
-its cap moves by k_p d e + k_i h e, k_p = 1 / R and k_i = k_p / tau, R the thermal resistance seen in the first reading
-against air of 30 C: the closed loop is then about as fast as the heat sink. Releasing is three times slower than
-tightening. Without a margin a step of the air would overshoot the limit.
+The die follows the heat sink, which takes about a minute, so the loop acts at most every 10 s. With the room
+e = (limit - margin) - T its cap moves by k_p de + k_i h e, where k_p = 1 / R, k_i = k_p / tau and R is the thermal
+resistance seen in the first reading against air of 30 C: the closed loop is then about as fast as the heat sink. The
+integral releases three times more slowly than it tightens. The margin is there because a step of the air overshoots.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ while the cost moves, and the regression finds no slope at all. So only fast mov
     y - y_anchor = beta (C - C_anchor) + noise         information I = sum (C - C_anchor)^2 / var(y - y_anchor)
 
 where the anchor is the calm before the move and the move takes a few windows; a drift of the plant is slower than that,
-and a jump of the reading without a move of the cost sets a new anchor. The slope in use adds a prior of 1 +- 0.5 and
-is clamped to [0.5, 2]; older moves are forgotten by 0.9 for each new one. The raw estimate and its interval say whether the cost
-has any authority. (Recursive least squares with forgetting; the differences are what the closed loop requires.)
+and a jump of the reading without a move of the cost sets a new anchor. The slope in use adds a prior of 1 +- 0.5 and is
+clamped to [0.5, 2]; older moves are forgotten by 0.9 for each new one. The raw estimate and its interval say whether
+the cost has any authority. (Recursive least squares with forgetting; the differences are what a closed loop requires.)
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ SHORT_MOVE, LONG_MOVE = 4, 6
 ANCHOR_WINDOWS = 4
 #: A jump of the reading by more standard deviations than this is a disturbance of the plant.
 DISTURBANCE_SD = 4.5
+#: Weight that evidence keeps then: what changed the reading may have changed the slope.
+AFTER_DISTURBANCE = 0.1
 #: No authority: the 95 % interval of the slope reaches 0 and lies wholly below this part of the calibrated slope.
 NEGLIGIBLE = 0.25
 NOISE_RATE = 0.1
@@ -42,14 +44,14 @@ class SlopeEstimate:
     """
 
     _FIELDS = (
-        *("noise_var", "information", "moment", "anchor_cost", "anchor_y", "anchor_windows", "moving"),
+        *("noise_rel_var", "information", "moment", "anchor_cost", "anchor_y", "anchor_windows", "moving"),
         *("last_cost", "last_y"),
     )
 
     def __init__(self, *, refine: bool = True, noise_rel_sd: float = 0.03) -> None:
         self.refine = refine
         self.noise_rel_sd = noise_rel_sd
-        self.noise_var: float | None = None
+        self.noise_rel_var: float | None = None
         self.information = self.moment = 0.0
         self.anchor_cost = self.anchor_y = self.last_cost = self.last_y = 0.0
         self.anchor_windows = self.moving = 0
@@ -65,7 +67,7 @@ class SlopeEstimate:
     @property
     def noise_sd(self) -> float:
         """Standard deviation of one reading, in units of y; 0 before the first."""
-        return math.sqrt(self.noise_var or 0.0)
+        return self.last_y * math.sqrt(self.noise_rel_var or 0.0)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the slope from the readings alone; infinite before any move."""
@@ -81,8 +83,11 @@ class SlopeEstimate:
 
     def fade(self) -> None:
         """Let the evidence fade by one window, so that a loop that gave up tries again some day."""
-        self.information *= FADING
-        self.moment *= FADING
+        self._doubt(FADING)
+
+    def _doubt(self, kept: float) -> None:
+        self.information *= kept
+        self.moment *= kept
 
     def interrupt(self) -> None:
         """Note that windows are missing: the next reading starts a new anchor."""
@@ -96,22 +101,25 @@ class SlopeEstimate:
             y: the measured quantity.
             span: range that the cost can take, above 0.
         """
-        floor = (NOISE_FLOOR_REL * y) ** 2
-        if self.noise_var is None:
-            self.noise_var = max(floor, (self.noise_rel_sd * y) ** 2)
+        if self.noise_rel_var is None:
+            self.noise_rel_var = max(NOISE_FLOOR_REL, self.noise_rel_sd) ** 2
         if self.anchor_windows == 0:
             self._anchor(cost, y)
             return
         calm = abs(cost - self.last_cost) <= CALM * span
         disturbed = False
         if calm:
-            surprise = (y - self.last_y - self.value * (cost - self.last_cost)) ** 2 / 2
-            disturbed = surprise > DISTURBANCE_SD**2 * self.noise_var
-            bounded = min(surprise, 9 * self.noise_var)
-            self.noise_var = max(floor, self.noise_var + NOISE_RATE * (bounded - self.noise_var))
+            surprise = ((y - self.last_y - self.value * (cost - self.last_cost)) / max(y, self.last_y)) ** 2 / 2
+            disturbed = surprise > DISTURBANCE_SD**2 * self.noise_rel_var
+            # One disturbance must not look like noise; noise that has grown looks like disturbances, window by window.
+            bounded = min(surprise, (2 if disturbed else 9) * self.noise_rel_var)
+            self.noise_rel_var = max(
+                NOISE_FLOOR_REL**2, self.noise_rel_var + NOISE_RATE * (bounded - self.noise_rel_var)
+            )
         self.last_cost, self.last_y = cost, y
         moved = cost - self.anchor_cost
         if disturbed:
+            self._doubt(AFTER_DISTURBANCE)
             self._anchor(cost, y)
         elif abs(moved) <= CALM * span:
             self.moving = 0
@@ -128,8 +136,8 @@ class SlopeEstimate:
                 self._anchor(cost, y)
 
     def _learn(self, moved: float, answered: float) -> None:
-        assert self.noise_var is not None
-        variance = self.noise_var * (1.0 + 1.0 / self.anchor_windows)
+        assert self.noise_rel_var is not None
+        variance = self.noise_rel_var * (self.last_y**2 + self.anchor_y**2 / self.anchor_windows)
         self.information = FORGETTING * self.information + moved**2 / variance
         self.moment = FORGETTING * self.moment + moved * answered / variance
 
