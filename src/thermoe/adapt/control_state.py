@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from thermoe.adapt.loop import NO_RANGE_REL, Loop
 from thermoe.adapt.readings import ControlState, Limit
+from thermoe.adapt.slope import NEGLIGIBLE
 
 _UNITS: dict[Limit, str] = {"j_per_token": "J/token", "power_w": "W", "temp_c": "W"}
 
@@ -31,7 +32,7 @@ def judge(loop: Loop, name: Limit, phase: str, *, modelled: bool) -> tuple[Contr
         return "STALE", f"{loop.trouble}; the last target at {phase} is held"
     if loop.gave_up:
         low, high = loop.slope.interval()
-        fact = "raises" if high < 0 else "does not change"
+        fact = "raises" if high < -NEGLIGIBLE else "does not change"
         slope = f"slope {low:.2f} to {high:.2f} of the modelled one"
         return "NO_AUTHORITY", f"a lower modelled cost {fact} what is measured at {phase} ({slope})"
     if measured is None:

@@ -55,7 +55,7 @@ class Loop:
         self.settings = settings
         self.limit, self.scale = limit, scale
         self.starts_at_limit = starts_at_limit
-        self.slope = SlopeEstimate(refine=settings.refine_slope)
+        self.slope = SlopeEstimate(delay_windows=settings.delay_windows, refine=settings.refine_slope)
         self.target: float | None = None
         self.price = 0.0
         self.low = self.high = 0.0

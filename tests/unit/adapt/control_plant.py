@@ -44,11 +44,10 @@ class Routing:
 
     def price_for(self, cost: float) -> float:
         """The smallest price whose cost is at most ``cost``, the highest where there is none."""
-        found = int(np.searchsorted(-self.costs, -cost, side="left"))
-        return float(self.prices[min(found, len(self.prices) - 1)])
+        return float(np.interp(-cost, -self.costs, self.prices))
 
     def cost_at(self, price: float) -> float:
-        return float(self.costs[min(len(self.prices) - 1, int(np.searchsorted(self.prices, price)))])
+        return float(np.interp(price, self.prices, self.costs))
 
 
 @cache
@@ -100,12 +99,13 @@ class ControlPlant:
         self.waiting: deque[ControlOutput] = deque()
         self.late: deque[float] = deque()
         self.price = 0.0
-        self.unit_j = FULL_J * (1 - STATIC) / routing().costs[0] / abs(self.slope or 1.0)
+        self.unit_j = FULL_J * (1 - STATIC) / float(routing().costs[0]) / abs(self.slope or 1.0)
         self.model_slope = self.slope
 
     def cost_range(self) -> CostRange:
         costs = routing(self.known).costs
-        return CostRange(low_j=self.unit_j * (costs[0] if self.fixed else costs[-1]), high_j=self.unit_j * costs[0])
+        low, high = float(costs[-1]), float(costs[0])
+        return CostRange(low_j=self.unit_j * (high if self.fixed else low), high_j=self.unit_j * high)
 
     def joules(self, cost_j: float) -> float:
         return self.level * (FULL_J * self.static + self.model_slope * cost_j)
