@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from thermoe.adapt.budget import PHASES, Budget
@@ -56,6 +57,7 @@ class BudgetController:
         self._loops: dict[tuple[_Name, str], Loop] = {}
         self._heat: HeatLoop | None = None
         self._modelled: dict[str, bool] = dict.fromkeys(PHASES, False)
+        self._now_s: float | None = None
         self.set_budget(budget)
 
     @property
@@ -104,6 +106,7 @@ class BudgetController:
             ConfigError: the phase is unknown.
         """
         self._check_phase(reading.phase)
+        self._now_s = reading.t_s
         trouble, corrupt = self._trouble_of(reading)
         power_w, temp_c = _sound(reading.power_w), _sound(reading.temp_c)
         if self._heat is not None and power_w is not None and temp_c is not None and self._fresh(reading):
@@ -174,13 +177,29 @@ class BudgetController:
             loops = {name: loop for name, loop in loops.items() if name == "j_per_token"}
             for loop in loops.values():
                 loop.target = min(loop.high, max(loop.low, loop.limit))
-        if not loops:
-            reason = "no budget" if self.budget is None else f"nothing of the budget can be held at {phase} yet"
-            if self.budget is not None and modelled:
-                reason = f"no sensor, and nothing of the budget is in joules per token at {phase}"
-            return ControlOutput(cost_target_j=None, state="OFF", reason=reason, price=self._price(0.0))
-        states = {name: judge(loop, name, phase, modelled=modelled) for name, loop in loops.items()}
-        return self._combine(loops, states, cost_range)
+        if loops:
+            states = {name: judge(loop, name, phase, modelled=modelled) for name, loop in loops.items()}
+            output = self._combine(loops, states, cost_range)
+            if modelled and (self._heat is not None or ("power_w", phase) in self._loops):
+                output = replace(output, reason=f"{output.reason}; watts and degrees are not held without a sensor")
+        else:
+            state, reason = self._nothing_held(phase, modelled)
+            output = ControlOutput(cost_target_j=None, state=state, reason=reason, price=self._price(0.0))
+        if self._heat is not None and self._now_s is not None and self._heat.blind(self._now_s):
+            cap_w = self._heat.cap_w
+            last = f"its power cap of {cap_w:.4g} W is held" if cap_w else "it held nothing back when last seen"
+            output = replace(output, state="STALE", reason=f"the temperature is not measured any more; {last}")
+        return output
+
+    def _nothing_held(self, phase: str, modelled: bool) -> tuple[ControlState, str]:
+        if self.budget is None:
+            return "OFF", "no budget"
+        heat = self._heat
+        if heat is not None and heat.seen_c is not None:
+            return "SLACK", f"{heat.limit_c:.4g} C does not bind: {heat.seen_c:.4g} C at price 0"
+        if modelled or heat is not None:
+            return "OFF", f"no sensor for what the budget limits at {phase}: {self.budget}"
+        return "OFF", f"the budget does not limit {phase}: {self.budget}"
 
     def _limit_name(self, name: _Name) -> Limit:
         if name == "j_per_token":
@@ -220,8 +239,9 @@ class BudgetController:
         if not targets:
             first = next(iter(reports.values()))
             return self._said(first, None, None, reports)
-        binding = min(targets, key=lambda name: targets[name])
-        applied = targets[binding]
+        applied = min(targets.values())
+        tightest = [name for name, target_j in targets.items() if target_j <= applied * (1 + 1e-9)]
+        binding = next((name for name in tightest if reports[name].state == "INFEASIBLE"), tightest[0])
         for name, loop in loops.items():
             if name in targets:
                 unit_j = self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs)
@@ -277,6 +297,7 @@ class BudgetController:
             "loops": [[name, phase, loop.state_dict()] for (name, phase), loop in self._loops.items()],
             "heat": None if self._heat is None else self._heat.state_dict(),
             "modelled": dict(self._modelled),
+            "now_s": self._now_s,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,6 +325,7 @@ class BudgetController:
             if fresh._heat is not None:
                 fresh._heat.load_state_dict(state["heat"])
             fresh._modelled = {phase: bool(state["modelled"][phase]) for phase in PHASES}
+            fresh._now_s = state["now_s"]
         except (KeyError, TypeError, ValueError) as cause:
             raise CheckpointError(
                 f"the controller state lacks {cause}",
@@ -311,12 +333,8 @@ class BudgetController:
                 accepted="what state_dict returned",
                 fix="start afresh, without the state",
             ) from cause
-        self.budget, self._loops, self._heat, self._modelled = (
-            fresh.budget,
-            fresh._loops,
-            fresh._heat,
-            fresh._modelled,
-        )
+        self.budget, self._loops, self._heat = fresh.budget, fresh._loops, fresh._heat
+        self._modelled, self._now_s = fresh._modelled, fresh._now_s
 
 
 def _sound(value: float | None) -> float | None:

@@ -15,7 +15,9 @@ from functools import cache
 
 import numpy as np
 
+from thermoe.adapt.budget import Budget
 from thermoe.adapt.controller import BudgetController, ControlOutput, ControlReading, CostRange
+from thermoe.telemetry.plant import Board, Plant, StepLoad
 
 FULL_J = 0.05  # joules per token at price 0 with the plant in its first state
 STATIC = 0.35
@@ -65,6 +67,7 @@ class ControlPlant:
         sensor_delay: whole windows by which the joules lag behind the cost reported with them.
         slope: true joules per modelled joule.
         level: factor on all joules, for a step of the plant.
+        extra: further joules per token, in parts of the full ones, for a step that leaves the slope alone.
         noise: relative standard deviation of a window's joules.
         dropouts: part of the windows whose reading is missing.
         quantum_j: step of the energy counter.
@@ -78,6 +81,7 @@ class ControlPlant:
     sensor_delay: int = 0
     slope: float = 1.0
     level: float = 1.0
+    extra: float = 0.0
     noise: float = 0.03
     dropouts: float = 0.0
     quantum_j: float = 0.05
@@ -108,7 +112,7 @@ class ControlPlant:
         return CostRange(low_j=self.unit_j * (high if self.fixed else low), high_j=self.unit_j * high)
 
     def joules(self, cost_j: float) -> float:
-        return self.level * (FULL_J * self.static + self.model_slope * cost_j)
+        return self.level * (FULL_J * (self.static + self.extra) + self.model_slope * cost_j)
 
     @property
     def range_j(self) -> tuple[float, float]:
@@ -171,3 +175,56 @@ class ControlPlant:
             if all(inside[position : position + hold]):
                 return position
         return None
+
+
+class BoardPlant:
+    """The same routing on the simulated board of `thermoe.telemetry`, with its heat, its noise and its counter.
+
+    Work draws `rate` tokens a second times the modelled cost on top of the board's power at rest; a decision reaches
+    the routing in the next window.
+    """
+
+    FULL_COST_J = 0.04
+
+    def __init__(self, budget: Budget, *, rate: float = 12_500, seed: int = 0, **options: object) -> None:
+        self.controller = BudgetController(budget, **options)
+        self.load = StepLoad()
+        self.board = Plant(0.0, self.load, board=Board(), seed=seed)
+        self.rate = rate
+        self.unit_j = self.FULL_COST_J / float(routing().costs[0])
+        self.range = CostRange(low_j=self.unit_j * float(routing().costs[-1]), high_j=self.FULL_COST_J)
+        self.output = self.controller.output("decode", self.range)
+        self.t_s, self.energy_j = 0.0, self.board.sensors.energy_j
+        self.power_w: list[float] = []
+        self.temp_c: list[float] = []
+        self.cost: list[float] = []  # in parts of the cost at price 0
+        self.outputs: list[ControlOutput] = []
+
+    def set_budget(self, budget: Budget) -> None:
+        self.controller.set_budget(budget)
+        self.output = self.controller.output("decode", self.range)
+
+    def run(self, windows: int, **changes: object) -> None:
+        for _ in range(windows):
+            target_j = self.output.cost_target_j
+            price = 0.0 if target_j is None else routing().price_for(target_j / self.unit_j)
+            cost_j = self.unit_j * routing().cost_at(price)
+            self.load.set(self.t_s, self.rate * cost_j)
+            self.t_s += PERIOD_S
+            self.board.advance(self.t_s)
+            used_j, self.energy_j = self.board.sensors.energy_j - self.energy_j, self.board.sensors.energy_j
+            fields: dict = {
+                "phase": "decode",
+                "t_s": self.t_s,
+                "window_s": PERIOD_S,
+                "tokens": self.rate * PERIOD_S,
+                "j_per_token": used_j / (self.rate * PERIOD_S),
+                "power_w": used_j / PERIOD_S,
+                "temp_c": float(math.floor(self.board.die_c)),
+                "cost_j": cost_j,
+            }
+            self.output = self.controller.update(ControlReading(**(fields | changes)), self.range)
+            self.power_w.append(used_j / PERIOD_S)
+            self.temp_c.append(self.board.die_c)
+            self.cost.append(cost_j / self.FULL_COST_J)
+            self.outputs.append(self.output)
