@@ -1,42 +1,12 @@
-"""What a control loop can say of itself, and the sentence for people that goes with it."""
+"""What state a control loop is in, and the sentence for people that goes with it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from thermoe.adapt.loop import NO_RANGE_REL, Loop
+from thermoe.adapt.readings import ControlState, Limit
+from thermoe.adapt.slope import NEGLIGIBLE
 
-ControlState = Literal["OFF", "TRACKING", "INFEASIBLE", "SLACK", "NO_AUTHORITY", "STALE"]
-Limit = Literal["j_per_token", "power_w", "temp_c"]
 _UNITS: dict[Limit, str] = {"j_per_token": "J/token", "power_w": "W", "temp_c": "W"}
-#: A target is at the end of its range for good once the readings have had time to show it.
-_PATIENCE_WINDOWS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopReport:
-    """One limit in one phase.
-
-    Attributes:
-        state: its state by itself.
-        reason: the same in a sentence.
-        limit: what it holds, in joules per token or watts.
-        measured: the filtered reading in the same unit; ``None`` before the first.
-        cost_target_j: the modelled cost that it asks for, J/token; ``None`` for none, and in the dual law.
-        price: nats per joule that it asks for, in the dual law only.
-        slope: measured answer as a part of the modelled one, in use.
-        gain: loop gain in force.
-    """
-
-    state: ControlState
-    reason: str
-    limit: float
-    measured: float | None
-    cost_target_j: float | None
-    price: float | None
-    slope: float
-    gain: float
 
 
 def _amount(value: float, unit: str) -> str:
@@ -62,16 +32,14 @@ def judge(loop: Loop, name: Limit, phase: str, *, modelled: bool) -> tuple[Contr
         return "STALE", f"{loop.trouble}; the last target at {phase} is held"
     if loop.gave_up:
         low, high = loop.slope.interval()
-        fact = "raises" if high < 0 else "does not change"
-        return "NO_AUTHORITY", (
-            f"a lower modelled cost {fact} what is measured at {phase} (slope {low:.2f} to {high:.2f} of the modelled one)"
-        )
+        fact = "raises" if high < -NEGLIGIBLE else "does not change"
+        slope = f"slope {low:.2f} to {high:.2f} of the modelled one"
+        return "NO_AUTHORITY", f"a lower modelled cost {fact} what is measured at {phase} ({slope})"
     if measured is None:
         waits = f": {loop.trouble}" if loop.trouble else " for the first window"
         return "TRACKING", f"{limit} at {phase} is held by the model alone, waiting{waits}"
     seen = _amount(measured, unit)
-    settled = loop.at_bound > loop.settings.delay_windows + _PATIENCE_WINDOWS
-    if settled and loop.at_floor and loop.error > max(loop.band, 0.0):
+    if loop.parked and loop.at_floor and loop.error > max(loop.band, 0.0):
         return "INFEASIBLE", f"the cheapest allowed routing at {phase} measures {seen}, above {limit}; it is held"
     if loop.at_ceiling and loop.error <= 0:
         return "SLACK", f"{limit} at {phase} does not bind: {seen} at price 0"

@@ -11,97 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Literal
 
 from thermoe.adapt.budget import PHASES, Budget
-from thermoe.adapt.control_state import ControlState, Limit, LoopReport, judge
+from thermoe.adapt.control_settings import ControlSettings, Law
+from thermoe.adapt.control_state import judge
 from thermoe.adapt.heat import HeatLoop
-from thermoe.adapt.loop import ControlSettings, Law, Loop
+from thermoe.adapt.loop import Loop
+from thermoe.adapt.readings import ControlOutput, ControlReading, ControlState, CostRange, Limit, LoopReport
 from thermoe.errors import CheckpointError, ConfigError
+
+__all__ = ["BudgetController", "ControlOutput", "ControlReading", "ControlState", "CostRange", "LoopReport"]
 
 #: A window shorter than this part of the nominal one has too few counter ticks.
 SHORTEST_REL = 0.5
 STATE_VERSION = 1
 _Name = Literal["j_per_token", "power_w"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlReading:
-    """One window of one phase.
-
-    Attributes:
-        phase: ``prefill`` or ``decode``.
-        t_s: when the window ended, on a monotonic clock.
-        window_s: how long it was.
-        tokens: tokens of this phase in it.
-        j_per_token: measured gross joules per token of this phase; ``None`` when not measured.
-        rel_sd: relative standard deviation of it, where the sensor knows.
-        power_w: mean power of the whole window, in watts.
-        temp_c: hottest device at its end, in degrees Celsius.
-        age_s: age of the newest sample when the reading was made.
-        status: ``valid``; ``flagged`` (a number with a caveat); ``invalid`` (a number that cannot be true, such as
-            after a reset of the counter); ``modelled`` (there is no sensor: the model alone is to be held).
-        reason: why it is not ``valid``.
-        cost_j: modelled cost of the routing that really ran in the window, in J/token of this phase.
-    """
-
-    phase: str
-    t_s: float
-    window_s: float
-    tokens: float
-    j_per_token: float | None = None
-    rel_sd: float | None = None
-    power_w: float | None = None
-    temp_c: float | None = None
-    age_s: float = 0.0
-    status: Literal["valid", "flagged", "invalid", "modelled"] = "valid"
-    reason: str | None = None
-    cost_j: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostRange:
-    """What a phase can cost now: modelled J/token at the highest price and at price 0.
-
-    Raises:
-        ConfigError: the ends are not finite, not above 0, or the wrong way round.
-    """
-
-    low_j: float
-    high_j: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low_j <= self.high_j < math.inf:
-            raise ConfigError(
-                f"a cost from {self.low_j!r} to {self.high_j!r} J/token",
-                where="CostRange",
-                accepted="0 < low_j <= high_j, both finite",
-                fix="give the modelled cost at the highest price and at price 0",
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlOutput:
-    """What to do in the next window of a phase, and why.
-
-    Attributes:
-        cost_target_j: modelled J/token to stay within; ``None``: run at price 0 (or at ``price`` in the dual law).
-        state: the state of the phase.
-        reason: the same in a sentence.
-        binding: the limit that set the target; ``None`` when none does.
-        price: nats per joule, in the dual law only.
-        power_cap_w: power cap in force, the user's or the one a temperature limit lowered it to.
-        loops: each limit by itself.
-    """
-
-    cost_target_j: float | None
-    state: ControlState
-    reason: str
-    binding: Limit | None = None
-    price: float | None = None
-    power_cap_w: float | None = None
-    loops: Mapping[Limit, LoopReport] = field(default_factory=dict)
 
 
 class BudgetController:
@@ -131,6 +57,7 @@ class BudgetController:
         self._loops: dict[tuple[_Name, str], Loop] = {}
         self._heat: HeatLoop | None = None
         self._modelled: dict[str, bool] = dict.fromkeys(PHASES, False)
+        self._now_s: float | None = None
         self.set_budget(budget)
 
     @property
@@ -179,6 +106,7 @@ class BudgetController:
             ConfigError: the phase is unknown.
         """
         self._check_phase(reading.phase)
+        self._now_s = reading.t_s
         trouble, corrupt = self._trouble_of(reading)
         power_w, temp_c = _sound(reading.power_w), _sound(reading.temp_c)
         if self._heat is not None and power_w is not None and temp_c is not None and self._fresh(reading):
@@ -204,7 +132,7 @@ class BudgetController:
         if loop.admit(reading.t_s, reading.window_s, trouble, corrupt=corrupt):
             assert reading.cost_j is not None
             unit_j = self._unit_j(name, costs)
-            if loop.slope.noise_var is None and reading.rel_sd:
+            if loop.slope.noise_rel_var is None and reading.rel_sd:
                 loop.slope.noise_rel_sd = min(0.2, max(0.01, reading.rel_sd))
             loop.update(value / loop.scale, reading.cost_j / unit_j, costs.low_j / unit_j, costs.high_j / unit_j)
 
@@ -249,13 +177,29 @@ class BudgetController:
             loops = {name: loop for name, loop in loops.items() if name == "j_per_token"}
             for loop in loops.values():
                 loop.target = min(loop.high, max(loop.low, loop.limit))
-        if not loops:
-            reason = "no budget" if self.budget is None else f"nothing of the budget can be held at {phase} yet"
-            if self.budget is not None and modelled:
-                reason = f"no sensor, and nothing of the budget is in joules per token at {phase}"
-            return ControlOutput(cost_target_j=None, state="OFF", reason=reason, price=self._price(0.0))
-        states = {name: judge(loop, name, phase, modelled=modelled) for name, loop in loops.items()}
-        return self._combine(loops, states, cost_range)
+        if loops:
+            states = {name: judge(loop, name, phase, modelled=modelled) for name, loop in loops.items()}
+            output = self._combine(loops, states, cost_range)
+            if modelled and (self._heat is not None or ("power_w", phase) in self._loops):
+                output = replace(output, reason=f"{output.reason}; watts and degrees are not held without a sensor")
+        else:
+            state, reason = self._nothing_held(phase, modelled)
+            output = ControlOutput(cost_target_j=None, state=state, reason=reason, price=self._price(0.0))
+        if self._heat is not None and self._now_s is not None and self._heat.blind(self._now_s):
+            cap_w = self._heat.cap_w
+            last = f"its power cap of {cap_w:.4g} W is held" if cap_w else "it held nothing back when last seen"
+            output = replace(output, state="STALE", reason=f"the temperature is not measured any more; {last}")
+        return output
+
+    def _nothing_held(self, phase: str, modelled: bool) -> tuple[ControlState, str]:
+        if self.budget is None:
+            return "OFF", "no budget"
+        heat = self._heat
+        if heat is not None and heat.seen_c is not None:
+            return "SLACK", f"{heat.limit_c:.4g} C does not bind: {heat.seen_c:.4g} C at price 0"
+        if modelled or heat is not None:
+            return "OFF", f"no sensor for what the budget limits at {phase}: {self.budget}"
+        return "OFF", f"the budget does not limit {phase}: {self.budget}"
 
     def _limit_name(self, name: _Name) -> Limit:
         if name == "j_per_token":
@@ -295,8 +239,9 @@ class BudgetController:
         if not targets:
             first = next(iter(reports.values()))
             return self._said(first, None, None, reports)
-        binding = min(targets, key=lambda name: targets[name])
-        applied = targets[binding]
+        applied = min(targets.values())
+        tightest = [name for name, target_j in targets.items() if target_j <= applied * (1 + 1e-9)]
+        binding = next((name for name in tightest if reports[name].state == "INFEASIBLE"), tightest[0])
         for name, loop in loops.items():
             if name in targets:
                 unit_j = self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs)
@@ -352,6 +297,7 @@ class BudgetController:
             "loops": [[name, phase, loop.state_dict()] for (name, phase), loop in self._loops.items()],
             "heat": None if self._heat is None else self._heat.state_dict(),
             "modelled": dict(self._modelled),
+            "now_s": self._now_s,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -379,6 +325,7 @@ class BudgetController:
             if fresh._heat is not None:
                 fresh._heat.load_state_dict(state["heat"])
             fresh._modelled = {phase: bool(state["modelled"][phase]) for phase in PHASES}
+            fresh._now_s = state["now_s"]
         except (KeyError, TypeError, ValueError) as cause:
             raise CheckpointError(
                 f"the controller state lacks {cause}",
@@ -386,12 +333,8 @@ class BudgetController:
                 accepted="what state_dict returned",
                 fix="start afresh, without the state",
             ) from cause
-        self.budget, self._loops, self._heat, self._modelled = (
-            fresh.budget,
-            fresh._loops,
-            fresh._heat,
-            fresh._modelled,
-        )
+        self.budget, self._loops, self._heat = fresh.budget, fresh._loops, fresh._heat
+        self._modelled, self._now_s = fresh._modelled, fresh._now_s
 
 
 def _sound(value: float | None) -> float | None:

@@ -1,9 +1,9 @@
 """A temperature limit is held by a slow outer loop that lowers a power cap; it moves the total, never one expert.
 
-The die follows the heat sink, which takes about a minute, so the loop acts at most every 10 s. With e = (limit - margin) - T,
-its cap moves by k_p d e + k_i h e, k_p = 1 / R and k_i = k_p / tau, R the thermal resistance seen in the first reading
-against air of 30 C: the closed loop is then about as fast as the heat sink. Releasing is three times slower than
-tightening. Without a margin a step of the air would overshoot the limit.
+The die follows the heat sink, which takes about a minute, so the loop acts at most every 10 s. With the room
+e = (limit - margin) - T its cap moves by k_p de + k_i h e, where k_p = 1 / R, k_i = k_p / tau and R is the thermal
+resistance seen in the first reading against air of 30 C: the closed loop is then about as fast as the heat sink. The
+integral releases three times more slowly than it tightens. The margin is there because a step of the air overshoots.
 """
 
 from __future__ import annotations
@@ -30,22 +30,32 @@ class HeatLoop:
         margin_c: how far below it the loop aims.
     """
 
-    _FIELDS = ("limit_c", "margin_c", "cap_w", "kelvin_per_watt", "last_t_s", "last_room_k")
+    _FIELDS = (
+        *("limit_c", "margin_c", "cap_w", "kelvin_per_watt", "acted_s", "last_room_k", "sum_c", "count"),
+        *("seen_s", "seen_c"),
+    )
 
     def __init__(self, limit_c: float, margin_c: float) -> None:
         self.limit_c, self.margin_c = limit_c, margin_c
         self.cap_w: float | None = None
         self.kelvin_per_watt: float | None = None
-        self.last_t_s: float | None = None
+        self.acted_s: float | None = None
         self.last_room_k = 0.0
+        self.sum_c, self.count = 0.0, 0
+        self.seen_s: float | None = None
+        self.seen_c: float | None = None
 
     def update(self, t_s: float, temp_c: float, power_w: float) -> None:
-        """Take one reading; within 10 s of the last one that was used it is left alone."""
-        if self.last_t_s is not None and t_s - self.last_t_s < PERIOD_S - 1e-6:
+        """Take one reading; every 10 s the loop acts on their mean, as sensors tell whole degrees."""
+        if self.seen_s is not None and t_s <= self.seen_s:
             return
-        passed_s = PERIOD_S if self.last_t_s is None else min(t_s - self.last_t_s, 3 * PERIOD_S)
-        self.last_t_s = t_s
-        room_k = self.limit_c - self.margin_c - temp_c
+        self.seen_s, self.seen_c = t_s, temp_c
+        self.sum_c, self.count = self.sum_c + temp_c, self.count + 1
+        if self.acted_s is not None and t_s - self.acted_s < PERIOD_S - 1e-6:
+            return
+        passed_s = PERIOD_S if self.acted_s is None else min(t_s - self.acted_s, 3 * PERIOD_S)
+        room_k = self.limit_c - self.margin_c - self.sum_c / self.count
+        self.acted_s, self.sum_c, self.count = t_s, 0.0, 0
         if self.cap_w is None:
             if room_k < ENGAGE_K:
                 self.kelvin_per_watt = max(temp_c - AIR_C, 5.0) / power_w
@@ -59,6 +69,10 @@ class HeatLoop:
             cap_w = self.cap_w + move_k / self.kelvin_per_watt
             self.cap_w = min(CAP_HIGH * power_w, max(CAP_LOW * power_w, cap_w))
         self.last_room_k = room_k
+
+    def blind(self, t_s: float) -> bool:
+        """Return whether the temperature has been missing for three of the loop's periods."""
+        return self.seen_s is not None and t_s - self.seen_s >= 3 * PERIOD_S
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers."""

@@ -1,127 +1,39 @@
 """One limit held by one integrator: a target for the modelled cost, or a price when textbook dual ascent is asked for.
 
 The plant is taken as y = alpha + beta C with C the modelled cost and y what is measured, in units in which beta is
-about 1. After each window with error eps = y - limit the cascade moves its target, and dual ascent its price,
+about 1. After each window with error eps = y - limit the cascade moves its target, and dual ascent its price:
 
-    C* <- clip(C* - eta eps / beta, C_min, C_max)          lambda <- clip(lambda + eta_l (eps + k_p d eps), 0, lambda_max)
+    C* <- clip(C* - eta eps / beta, C_min, C_max)
+    lambda <- clip(lambda + eta_l (eps + k_p d eps), 0, lambda_max)
 
 Turning C* into a price by the inverse of the modelled cost makes the first a Newton-preconditioned form of the second.
-A change of the limit moves C* at once by its modelled effect, and readings that cannot show it yet are corrected for it.
-Loop gain is eta times (true slope / assumed slope); with a delay of d whole windows the loop is stable below
-2 sin(pi / (2 (2 d + 1))) and free of overshoot up to d^d / (d + 1)^(d + 1).
+A change of the limit moves C* at once by its modelled effect; readings that cannot show it yet are corrected for it.
 Dual ascent on a budget: arXiv 1111.6082, 2202.06152; the proportional part damps it (2007.03964).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from thermoe.adapt.control_settings import ControlSettings
 from thermoe.adapt.slope import SlopeEstimate
-from thermoe.errors import ConfigError
 
-Law = Literal["cascade", "dual"]
-LARGEST_GAIN = 0.148
 #: Weight of a window in the filtered error.
 FILTER_RATE = 0.25
 #: Noise above 3 % of the limit halves the gain. An estimate from some 20 windows has to exceed it by its own error.
 NOISY_REL = 0.04
-#: Windows after which the first answer is trusted enough for a full step: the very first may hold warm-up.
-SETTLING_READINGS = 2
+#: The reading, from a start or from the end of a long stay at a bound, that is answered by a full step; an integrator
+#: would only creep there. The very first may hold warm-up, so it is the second.
+FULL_STEP_READING = 2
+#: Beyond the delay, windows at the end of its range after which a target is there for good.
+PARKED_WINDOWS = 2
 #: A full step is worth it beyond this part of the limit; below, it would only follow noise.
 FULL_STEP_REL = 0.05
 #: A loop that does not bind waits at most this part of the range above the one that does.
 HEADROOM = 0.1
 #: A range narrower than this part of its top leaves nothing to choose.
 NO_RANGE_REL = 1e-3
-
-
-def stability_bound(delay_windows: int) -> float:
-    """Return the loop gain from which on the integral law diverges with ``delay_windows`` whole windows of delay."""
-    return 2.0 * math.sin(math.pi / (2 * (2 * delay_windows + 1)))
-
-
-def smooth_gain(delay_windows: int) -> float:
-    """Return the largest loop gain without overshoot."""
-    return float(delay_windows**delay_windows / (delay_windows + 1) ** (delay_windows + 1))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlSettings:
-    """How a budget is held.
-
-    Attributes:
-        law: ``cascade`` moves a cost target, ``dual`` a price.
-        delay_windows: whole windows from a decision to the first reading that shows it.
-        period_s: nominal length of a window, in seconds.
-        eta: loop gain; ``None`` takes the largest without overshoot for the delay, at most 0.148.
-        dead_band: largest dead-band, relative to the limit; 0 switches it off.
-        slew: largest move by feedback in one window, as a part of the cost range; ``inf`` switches it off.
-        refine_slope: follow the measured slope within [0.5, 2] of the modelled one.
-        feed_forward: act at once on a change of the limit and on the second reading; off leaves the feedback alone.
-        price_max: highest price in nats per joule, for the dual law.
-        proportional: weight of the change of the error in the dual law; 0 is textbook dual ascent.
-        temp_margin_c: how far below a temperature limit the loop aims.
-
-    Raises:
-        ConfigError: a value is outside its range, or the dual law lacks its highest price.
-    """
-
-    law: Law = "cascade"
-    delay_windows: int = 2
-    period_s: float = 2.0
-    eta: float | None = None
-    dead_band: float = 0.01
-    slew: float = 0.1
-    refine_slope: bool = True
-    feed_forward: bool = True
-    price_max: float | None = None
-    proportional: float = 0.0
-    temp_margin_c: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.law not in ("cascade", "dual"):
-            raise ConfigError(
-                f"unknown law {self.law!r}", where="control.law", accepted="'cascade', 'dual'", fix="use 'cascade'"
-            )
-        rules: tuple[tuple[str, bool, str, str], ...] = (
-            ("delay_windows", _whole(self.delay_windows) and 0 <= self.delay_windows <= 20, "an integer of 0 to 20", "2"),
-            ("period_s", _real(self.period_s) and 0 < self.period_s <= 3600, "seconds above 0, at most 3600", "2.0"),
-            ("eta", self.eta is None or (_real(self.eta) and 0 < self.eta < math.inf), "a number above 0, or None", "None"),
-            ("dead_band", _real(self.dead_band) and 0 <= self.dead_band < 1, "a number from 0 to below 1", "0.01"),
-            ("slew", _real(self.slew) and self.slew > 0, "a number above 0; inf for none", "0.1"),
-            (
-                "price_max",
-                (self.price_max is None and self.law == "cascade")
-                or (_real(self.price_max) and 0 < (self.price_max or 0) < math.inf),
-                "a finite number of nats per joule above 0; the dual law needs it",
-                "the price at which the cheapest routing is reached",
-            ),
-            ("proportional", _real(self.proportional) and 0 <= self.proportional < math.inf, "a number of at least 0", "0"),
-            ("temp_margin_c", _real(self.temp_margin_c) and 4 <= self.temp_margin_c < 50, "4 K or more", "4.0"),
-        )  # fmt: skip
-        for name, fits, accepted, usual in rules:
-            if not fits:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}",
-                    where=f"control.{name}",
-                    accepted=accepted,
-                    fix=f"use {usual}",
-                )
-
-    @property
-    def gain(self) -> float:
-        """The loop gain for a slope that is right."""
-        return self.eta if self.eta is not None else min(LARGEST_GAIN, smooth_gain(self.delay_windows))
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Loop:
@@ -143,7 +55,7 @@ class Loop:
         self.settings = settings
         self.limit, self.scale = limit, scale
         self.starts_at_limit = starts_at_limit
-        self.slope = SlopeEstimate(refine=settings.refine_slope)
+        self.slope = SlopeEstimate(delay_windows=settings.delay_windows, refine=settings.refine_slope)
         self.target: float | None = None
         self.price = 0.0
         self.low = self.high = 0.0
@@ -168,7 +80,7 @@ class Loop:
     @property
     def gain(self) -> float:
         """The loop gain in force."""
-        noisy = self.slope.noise_sd > NOISY_REL * self.limit
+        noisy = self.slope.noise_sd > NOISY_REL * (self.limit + max(0.0, self.error))
         return self.settings.gain / 2 if noisy and self.settings.eta is None else self.settings.gain
 
     @property
@@ -229,6 +141,9 @@ class Loop:
             self.slope.fade()
         self.readings += 1
         error = y - self.limit + self.slope.value * self._not_shown_yet(cost)
+        away = -error if self.at_floor else error
+        if self.parked and away > FULL_STEP_REL * self.limit:
+            self.readings = 1
         self.error = error if self.readings == 1 else self.error + FILTER_RATE * (error - self.error)
         lacking = self.slope.lacks_authority()
         if lacking:
@@ -244,7 +159,7 @@ class Loop:
     def _move(self, error: float, y: float, cost: float, span: float) -> None:
         assert self.target is not None
         off = y - self.limit
-        full = self.readings == SETTLING_READINGS and self.settings.feed_forward
+        full = self.readings == FULL_STEP_READING and self.settings.feed_forward
         if full and abs(off) > FULL_STEP_REL * self.limit:
             self._jump(cost - off / self.slope.value - self.target)
             self.error = 0.0
@@ -274,6 +189,11 @@ class Loop:
         return (
             self.price == 0.0 if self.settings.law == "dual" else self.target is not None and self.target >= self.high
         )
+
+    @property
+    def parked(self) -> bool:
+        """Whether the target has been at the end of its range, with the readings beyond it, for long."""
+        return self.at_bound > self.settings.delay_windows + PARKED_WINDOWS
 
     def wait_above(self, applied: float) -> None:
         """Hold a target that does not bind close above the one that does, so that it does not wind up."""

@@ -1,14 +1,16 @@
 """How strongly the measured quantity answers the modelled cost, learned while the loop is closed.
 
 A regression of readings on costs is wrong inside a closed loop: a loop that does its work keeps the reading constant
-while the cost moves, and the regression finds no slope at all. So only fast moves count, as differences:
+while the cost moves, and the regression finds no slope at all. So only fast moves count, as differences between the
+calm before a move and the calm after it:
 
-    y - y_anchor = beta (C - C_anchor) + noise         information I = sum (C - C_anchor)^2 / var(y - y_anchor)
+    y_after - y_before = beta (C_after - C_before) + noise
+    beta = M / I,   I = sum (C_after - C_before)^2 / v,   M = sum (C_after - C_before) (y_after - y_before) / v
 
-where the anchor is the calm before the move and the move takes a few windows; a drift of the plant is slower than that,
-and a jump of the reading without a move of the cost sets a new anchor. The slope in use adds a prior of 1 +- 0.5 and
-is clamped to [0.5, 2]; older moves are forgotten by 0.9 for each new one. The raw estimate and its interval say whether the cost
-has any authority. (Recursive least squares with forgetting; the differences are what the closed loop requires.)
+with v the variance of the difference; older moves are forgotten by 0.9 for each new one (recursive least squares). A
+drift of the plant is slower than a move that counts, and a jump of the reading without a move of the cost starts a new
+calm and leaves no more evidence than the prior has, 1 +- 0.5. The slope in use is the mean of prior and evidence,
+clamped to [0.5, 2]. The raw estimate and its interval say whether the cost has any authority.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from typing import Any
 
 PRIOR_INFORMATION = 1.0 / 0.5**2
 SLOPE_LOW, SLOPE_HIGH = 0.5, 2.0
-#: Weight that a move keeps when the next one is learned, and evidence keeps in each window while it is acted upon.
+#: Weight that a move keeps when the next one is learned, and that evidence keeps in each window of a loop that gave up.
 FORGETTING, FADING = 0.9, 0.995
 #: A cost that moves less than this part of its range is calm; a move of the second part is worth learning from.
 CALM, MOVE = 0.05, 0.2
-#: A move ends when the cost is calm again, or after so many windows.
+#: A move ends when the cost is calm for longer than the delay, or so many windows beyond it; a slower one is drift.
 SHORT_MOVE, LONG_MOVE = 4, 6
-ANCHOR_WINDOWS = 4
+CALM_WINDOWS = 4
 #: A jump of the reading by more standard deviations than this is a disturbance of the plant.
 DISTURBANCE_SD = 4.5
 #: No authority: the 95 % interval of the slope reaches 0 and lies wholly below this part of the calibrated slope.
@@ -37,41 +39,44 @@ class SlopeEstimate:
     """Slope of y against C in units in which the cost model claims 1, and the noise of y from window to window.
 
     Args:
+        delay_windows: windows that a reading may lag behind the cost reported with it.
         refine: let ``value`` follow what is learned; otherwise it stays at 1, and only the authority is judged.
         noise_rel_sd: relative standard deviation assumed before enough windows have been seen.
     """
 
     _FIELDS = (
-        *("noise_var", "information", "moment", "anchor_cost", "anchor_y", "anchor_windows", "moving"),
-        *("last_cost", "last_y"),
+        *("noise_rel_var", "information", "moment", "calm_cost", "calm_y", "calm_windows"),
+        *("before_cost", "before_y", "before_windows", "moving", "still", "last_cost", "last_y"),
     )
 
-    def __init__(self, *, refine: bool = True, noise_rel_sd: float = 0.03) -> None:
+    def __init__(self, *, delay_windows: int = 0, refine: bool = True, noise_rel_sd: float = 0.03) -> None:
+        self.delay_windows = delay_windows
         self.refine = refine
         self.noise_rel_sd = noise_rel_sd
-        self.noise_var: float | None = None
+        self.noise_rel_var: float | None = None
         self.information = self.moment = 0.0
-        self.anchor_cost = self.anchor_y = self.last_cost = self.last_y = 0.0
-        self.anchor_windows = self.moving = 0
+        self.calm_cost = self.calm_y = self.before_cost = self.before_y = self.last_cost = self.last_y = 0.0
+        self.calm_windows = self.before_windows = self.moving = self.still = 0
 
     @property
     def value(self) -> float:
         """The slope to act upon, in [0.5, 2]."""
         if not self.refine:
             return 1.0
-        blend = (PRIOR_INFORMATION + self.moment) / (PRIOR_INFORMATION + self.information)
-        return min(SLOPE_HIGH, max(SLOPE_LOW, blend))
+        information, moment = self._evidence()
+        return min(SLOPE_HIGH, max(SLOPE_LOW, (PRIOR_INFORMATION + moment) / (PRIOR_INFORMATION + information)))
 
     @property
     def noise_sd(self) -> float:
         """Standard deviation of one reading, in units of y; 0 before the first."""
-        return math.sqrt(self.noise_var or 0.0)
+        return self.last_y * math.sqrt(self.noise_rel_var or 0.0)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the slope from the readings alone; infinite before any move."""
-        if self.information <= 0:
+        information, moment = self._evidence()
+        if information <= 0:
             return -math.inf, math.inf
-        middle, half = self.moment / self.information, 1.96 / math.sqrt(self.information)
+        middle, half = moment / information, 1.96 / math.sqrt(information)
         return middle - half, middle + half
 
     def lacks_authority(self) -> bool:
@@ -80,63 +85,91 @@ class SlopeEstimate:
         return low <= 0 and high < NEGLIGIBLE
 
     def fade(self) -> None:
-        """Let the evidence fade by one window, so that a loop that gave up tries again some day."""
-        self.information *= FADING
-        self.moment *= FADING
+        """Let the evidence fade by one window, so that a loop that gave up tries again in minutes."""
+        self._keep(FADING)
+
+    def _keep(self, part: float) -> None:
+        self.information *= part
+        self.moment *= part
 
     def interrupt(self) -> None:
-        """Note that windows are missing: the next reading starts a new anchor."""
-        self.anchor_windows = self.moving = 0
+        """Note that windows are missing: the next reading starts a new calm."""
+        self._close_move()
+        self.calm_windows = 0
 
     def observe(self, cost: float, y: float, span: float) -> None:
         """Learn from one window.
 
         Args:
             cost: modelled cost of what ran in it.
-            y: the measured quantity.
+            y: the measured quantity, above 0.
             span: range that the cost can take, above 0.
         """
-        floor = (NOISE_FLOOR_REL * y) ** 2
-        if self.noise_var is None:
-            self.noise_var = max(floor, (self.noise_rel_sd * y) ** 2)
-        if self.anchor_windows == 0:
-            self._anchor(cost, y)
+        if self.noise_rel_var is None:
+            self.noise_rel_var = max(NOISE_FLOOR_REL, self.noise_rel_sd) ** 2
+        if self.calm_windows == 0:
+            self._start_calm(cost, y)
             return
-        calm = abs(cost - self.last_cost) <= CALM * span
-        disturbed = False
-        if calm:
-            surprise = (y - self.last_y - self.value * (cost - self.last_cost)) ** 2 / 2
-            disturbed = surprise > DISTURBANCE_SD**2 * self.noise_var
-            bounded = min(surprise, 9 * self.noise_var)
-            self.noise_var = max(floor, self.noise_var + NOISE_RATE * (bounded - self.noise_var))
+        still = abs(cost - self.last_cost) <= CALM * span
+        disturbed = still and self._learn_noise(cost, y)
+        self.still = self.still + 1 if still else 0
         self.last_cost, self.last_y = cost, y
-        moved = cost - self.anchor_cost
+        moved = abs(cost - self.calm_cost)
         if disturbed:
-            self._anchor(cost, y)
-        elif abs(moved) <= CALM * span:
+            self._close_move()
+            # What changed the reading may have changed the slope.
+            self._keep(PRIOR_INFORMATION / max(self.information, PRIOR_INFORMATION))
+            self._start_calm(cost, y)
+        elif moved <= CALM * span:
             self.moving = 0
-            self.anchor_windows = min(ANCHOR_WINDOWS, self.anchor_windows + 1)
-            self.anchor_cost += (cost - self.anchor_cost) / self.anchor_windows
-            self.anchor_y += (y - self.anchor_y) / self.anchor_windows
+            self.calm_windows = min(CALM_WINDOWS, self.calm_windows + 1)
+            self.calm_cost += (cost - self.calm_cost) / self.calm_windows
+            self.calm_y += (y - self.calm_y) / self.calm_windows
         else:
             self.moving += 1
-            far = abs(moved) >= MOVE * span
-            if far and ((calm and self.moving > 1) or self.moving >= SHORT_MOVE):
-                self._learn(moved, y - self.anchor_y)
-                self._anchor(cost, y)
-            elif self.moving >= LONG_MOVE:
-                self._anchor(cost, y)
+            ended = self.still > self.delay_windows or self.moving >= SHORT_MOVE + self.delay_windows
+            if moved >= MOVE * span and ended:
+                self._close_move()
+                self.before_cost, self.before_y, self.before_windows = self.calm_cost, self.calm_y, self.calm_windows
+                self._start_calm(cost, y)
+            elif self.moving >= LONG_MOVE + self.delay_windows:
+                self._close_move()
+                self._start_calm(cost, y)
 
-    def _learn(self, moved: float, answered: float) -> None:
-        assert self.noise_var is not None
-        variance = self.noise_var * (1.0 + 1.0 / self.anchor_windows)
-        self.information = FORGETTING * self.information + moved**2 / variance
-        self.moment = FORGETTING * self.moment + moved * answered / variance
+    def _learn_noise(self, cost: float, y: float) -> bool:
+        """Take the change from the last reading as noise, and return whether it is too large for that."""
+        assert self.noise_rel_var is not None
+        change = y - self.last_y - self.value * (cost - self.last_cost)
+        surprise = (change / max(y, self.last_y)) ** 2 / 2
+        disturbed = surprise > DISTURBANCE_SD**2 * self.noise_rel_var
+        # One disturbance must not look like noise; noise that has grown looks like disturbances, window by window.
+        bounded = min(surprise, (2 if disturbed else 9) * self.noise_rel_var)
+        self.noise_rel_var = max(NOISE_FLOOR_REL**2, self.noise_rel_var + NOISE_RATE * (bounded - self.noise_rel_var))
+        return disturbed
 
-    def _anchor(self, cost: float, y: float) -> None:
-        self.anchor_cost = self.last_cost = cost
-        self.anchor_y = self.last_y = y
-        self.anchor_windows, self.moving = 1, 0
+    def _latest_move(self) -> tuple[float, float]:
+        """Return information and moment of the move whose calm after it is still being averaged."""
+        if self.before_windows == 0 or self.noise_rel_var is None:
+            return 0.0, 0.0
+        moved, answered = self.calm_cost - self.before_cost, self.calm_y - self.before_y
+        variance = self.before_y**2 / self.before_windows + self.calm_y**2 / self.calm_windows
+        variance *= self.noise_rel_var
+        return moved**2 / variance, moved * answered / variance
+
+    def _evidence(self) -> tuple[float, float]:
+        if self.before_windows == 0:
+            return self.information, self.moment
+        information, moment = self._latest_move()
+        return FORGETTING * self.information + information, FORGETTING * self.moment + moment
+
+    def _close_move(self) -> None:
+        self.information, self.moment = self._evidence()
+        self.before_windows = 0
+
+    def _start_calm(self, cost: float, y: float) -> None:
+        self.calm_cost = self.last_cost = cost
+        self.calm_y = self.last_y = y
+        self.calm_windows, self.moving, self.still = 1, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned, as plain numbers."""
