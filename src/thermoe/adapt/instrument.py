@@ -142,7 +142,7 @@ class Instrument:
         if now_s - self._events_since_s < EVENT_CLOCK_S:
             return
         self._events, self._events_since_s = None, now_s
-        self._device = next(self.solver.modules[-1].router.parameters()).device
+        self._device = next(self.solver.modules[-1].parameters()).device
         if self._device.type == "cuda" and not self._clock.virtual:
             with torch.cuda.device(self._device):
                 self._events = EventClock()
