@@ -213,69 +213,45 @@ class BudgetController:
     def _combine(
         self, loops: dict[Limit, Loop], states: dict[Limit, tuple[ControlState, str]], costs: CostRange
     ) -> ControlOutput:
-        reports: dict[Limit, LoopReport] = {}
-        targets: dict[Limit, float] = {}
-        prices: dict[Limit, float] = {}
-        for name, loop in loops.items():
-            unit_j = self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs)
-            state, reason = states[name]
-            able = state != "NO_AUTHORITY" and loop.target is not None
-            target_j = loop.target * unit_j if able and loop.target is not None else None
-            dual = self.settings.law == "dual"
-            if target_j is not None:
-                targets[name], prices[name] = target_j, loop.price
-            reports[name] = LoopReport(
-                state=state,
-                reason=reason,
-                limit=loop.limit * loop.scale,
-                measured=loop.measured,
-                cost_target_j=None if dual or loop.at_ceiling else target_j,
-                price=self._price(loop.price),
-                slope=loop.slope.value,
-                gain=loop.gain,
-            )
-        if self.settings.law == "dual":
-            return self._by_price(prices, reports)
-        if not targets:
-            first = next(iter(reports.values()))
-            return self._said(first, None, None, reports)
-        applied = min(targets.values())
-        tightest = [name for name, target_j in targets.items() if target_j <= applied * (1 + 1e-9)]
-        binding = next((name for name in tightest if reports[name].state == "INFEASIBLE"), tightest[0])
-        for name, loop in loops.items():
-            if name in targets:
-                unit_j = self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs)
+        dual = self.settings.law == "dual"
+        units = {name: self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs) for name in loops}
+        able = {name: loop for name, loop in loops.items() if states[name][0] != "NO_AUTHORITY"}
+        targets = {name: loop.target * units[name] for name, loop in able.items() if loop.target is not None}
+        applied = min(targets.values(), default=None)
+        binding: Limit | None = None
+        if dual:
+            binding = max(able, key=lambda name: able[name].price, default=None)
+        elif applied is not None:
+            tightest = [name for name, target_j in targets.items() if target_j <= applied * (1 + 1e-9)]
+            binding = next((name for name in tightest if states[name][0] == "INFEASIBLE"), tightest[0])
+            for name, loop in able.items():
                 loop.active = name == binding and not (loop.at_floor or loop.at_ceiling)
-                loop.wait_above(applied / unit_j)
-        free = loops[binding].at_ceiling
-        return self._said(reports[binding], binding, None if free else applied, reports, free=free)
-
-    def _by_price(self, prices: dict[Limit, float], reports: dict[Limit, LoopReport]) -> ControlOutput:
-        assert self.settings.price_max is not None
-        if not prices:
-            return self._said(next(iter(reports.values())), None, None, reports, price=0.0)
-        binding = max(prices, key=lambda name: prices[name])
-        price = min(self.settings.price_max, math.fsum(prices.values()))
-        return self._said(reports[binding], binding, None, reports, free=price == 0, price=price)
-
-    def _said(
-        self,
-        report: LoopReport,
-        binding: Limit | None,
-        target_j: float | None,
-        reports: dict[Limit, LoopReport],
-        *,
-        free: bool = False,
-        price: float | None = None,
-    ) -> ControlOutput:
+                loop.wait_above(applied / units[name])
+        reports = {name: self._report(loop, *states[name], units[name]) for name, loop in loops.items()}
+        said = reports[binding] if binding is not None else next(iter(reports.values()))
+        free = binding is None or loops[binding].at_ceiling
+        prices = math.fsum(loop.price for loop in able.values())
         return ControlOutput(
-            cost_target_j=target_j,
-            state=report.state,
-            reason=report.reason,
+            cost_target_j=None if dual or free else applied,
+            state=said.state,
+            reason=said.reason,
             binding=None if free else binding,
-            price=price,
+            price=self._price(min(prices, self.settings.price_max or 0.0)),
             power_cap_w=self.power_cap_w,
             loops=reports,
+        )
+
+    def _report(self, loop: Loop, state: ControlState, reason: str, unit_j: float) -> LoopReport:
+        asks = self.settings.law == "cascade" and not loop.at_ceiling and state != "NO_AUTHORITY"
+        return LoopReport(
+            state=state,
+            reason=reason,
+            limit=loop.limit * loop.scale,
+            measured=loop.measured,
+            cost_target_j=loop.target * unit_j if asks and loop.target is not None else None,
+            price=self._price(loop.price),
+            slope=loop.slope.value,
+            gain=loop.gain,
         )
 
     @staticmethod

@@ -108,7 +108,7 @@ def test_without_noise_nothing_oscillates(slope: float, delay: int, refine: bool
     plant.run(300)
     late = plant.true_j[-40:]
     assert max(late) - min(late) < 1e-3 * LOW * FULL_J
-    # what is left is the dead-band, which is never narrower than 0.15 %: a sensor is not assumed to be better than 0.2 %
+    # what is left is the dead-band, never narrower than 0.15 %: no sensor is taken to be better than 0.2 %
     assert statistics.fmean(late) == pytest.approx(LOW * FULL_J, rel=1.6e-3)
 
 
