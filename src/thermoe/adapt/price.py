@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt.budget import PHASES, Phase
-from thermoe.adapt.controller import CostRange
+from thermoe.adapt.readings import CostRange
 from thermoe.adapt.steps import Forward
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable

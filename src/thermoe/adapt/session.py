@@ -14,7 +14,6 @@ keeps references (`instrument.py`); it reads no device and no sensor.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -24,9 +23,10 @@ import torch
 from torch import nn
 
 from thermoe.adapt.budget import PHASES, Budget, Phase
-from thermoe.adapt.controller import BudgetController, ControlOutput, ControlReading
+from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.instrument import Instrument
 from thermoe.adapt.price import range_alone
+from thermoe.adapt.readings import ControlOutput, ControlReading
 from thermoe.adapt.steps import EnergyWindows, ForwardCount, PhaseWindow
 from thermoe.adapt.tally import Tally, millijoules, step_metrics, text_report
 from thermoe.energy.cost_model import CostModel
@@ -39,8 +39,6 @@ from thermoe.telemetry.meter import EnergyMeter
 Feedback = Literal["auto", "measured", "modelled"]
 FEEDBACKS: tuple[Feedback, ...] = ("auto", "measured", "modelled")
 STATE_VERSION = 1
-#: Rows of `history` that are kept: more than an hour of windows.
-HISTORY = 4096
 _NO_FORWARD = "no forward of this phase was counted yet"
 _Given = Budget | float | str | Mapping[str, Any] | None
 
@@ -64,7 +62,7 @@ class AdaptiveSession:
 
     Attributes:
         metrics: of the last step.
-        history: a row for each window and phase, the latest 4096.
+        tally: sums, the history of windows, and how the last change of the budget was answered.
         prices: nats per joule in force, by phase.
 
     Raises:
@@ -109,7 +107,6 @@ class AdaptiveSession:
         self._router_options = dict(router or {})
         self.prices: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self.metrics: dict[str, Any] = {}
-        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.tally = Tally()
         self._outputs: dict[Phase, ControlOutput] = {}
         self._since_solved: dict[Phase, int] = dict.fromkeys(PHASES, 0)
@@ -230,25 +227,13 @@ class AdaptiveSession:
         """Add up work and close a window if one is due."""
         self.tally.add(counts)
         if self._no_sensor is not None:
+            assert self._meter is not None
             self.tally.energy.note_gap(self._no_sensor)
+            self.tally.note_step(counts, self._meter.clock.now_s(), self.prices, self._outputs)
             return []
         self._windows.add(counts)
         closed = self._windows.close()
-        if closed:
-            self.tally.energy.add(closed[0].window, sum(part.tokens for part in closed))
-        for part in closed:
-            if part.measured_j is not None:
-                self.tally.windows[part.phase] = part
-            output = self._outputs.get(part.phase)
-            self.history.append(
-                {
-                    **part.as_row(),
-                    "tokens_total": self.tally.tokens,
-                    "price": self.prices[part.phase],
-                    "state": None if output is None else output.state,
-                    "cost_target_j": None if output is None else output.cost_target_j,
-                }
-            )
+        self.tally.note_windows(closed, self.prices, self._outputs)
         return closed
 
     def _modelled_reading(self, phase: Phase, counts: list[ForwardCount]) -> ControlReading:
@@ -303,6 +288,8 @@ class AdaptiveSession:
         """
         self.budget = self._parsed(budget)
         self._controller.set_budget(self.budget)
+        if self._meter is not None:
+            self.tally.budgets.append((self._meter.clock.now_s(), str(self.budget or "no budget")))
         self.prices, self._outputs = dict.fromkeys(PHASES, 0.0), {}
         if self._stack is not None and self._instrument is not None:
             for phase in PHASES:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thermoe.adapt.budget import PHASES, Phase
-from thermoe.adapt.controller import ControlReading
+from thermoe.adapt.readings import ControlReading
 from thermoe.energy.cost_table import CostTable
 from thermoe.moe.decision import RoutingDecision
 from thermoe.telemetry.meter import EnergyMeter

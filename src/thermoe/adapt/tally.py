@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thermoe.adapt.budget import PHASES, Phase
+from thermoe.adapt.lags import Lag, LagWindow, ReactionLags, reaction_lags
+from thermoe.adapt.readings import ControlOutput
 from thermoe.adapt.steps import ForwardCount, PhaseWindow
 from thermoe.telemetry.totals import EnergyTotals
+
+#: Rows of the history that are kept: more than an hour of windows.
+HISTORY = 4096
 
 
 @dataclass(slots=True)
@@ -61,13 +68,18 @@ class Tally:
         steps: steps taken.
         phases: the sums of each phase.
         energy: measured joules, with the tokens of the same time.
-        windows: the last window of each phase that had a reading; not part of a saved state.
+        windows: the last window of each phase that had a reading. It, `history` and `budgets` are of this process
+            alone and no part of a saved state.
+        history: a row for each window and phase, or for each step where there is no sensor; the latest 4096.
+        budgets: (time, words) of each change of the budget.
     """
 
     steps: int = 0
     phases: dict[Phase, PhaseTally] = field(default_factory=lambda: {phase: PhaseTally() for phase in PHASES})
     energy: EnergyTotals = field(default_factory=EnergyTotals)
     windows: dict[Phase, PhaseWindow] = field(default_factory=dict)
+    history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    budgets: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -79,6 +91,48 @@ class Tally:
         listed = list(counts)
         for phase, part in self.phases.items():
             part.add(count for count in listed if count.phase == phase)
+
+    def note_windows(
+        self, closed: Sequence[PhaseWindow], prices: Mapping[Phase, float], outputs: Mapping[Phase, ControlOutput]
+    ) -> None:
+        """Add the joules of a window, and a row of history for each phase in it."""
+        if closed:
+            self.energy.add(closed[0].window, sum(part.tokens for part in closed))
+        for part in closed:
+            if part.measured_j is not None:
+                self.windows[part.phase] = part
+            self.history.append({**part.as_row(), **_controls(part.phase, prices, outputs)})
+
+    def note_step(
+        self,
+        counts: Iterable[ForwardCount],
+        t_s: float,
+        prices: Mapping[Phase, float],
+        outputs: Mapping[Phase, ControlOutput],
+    ) -> None:
+        """Add a row of history for each phase of a step, where there is no sensor to make windows."""
+        listed = list(counts)
+        for phase in PHASES:
+            part = PhaseTally()
+            part.add(count for count in listed if count.phase == phase)
+            if part.tokens:
+                known = {"t_s": t_s, "phase": phase, "tokens": part.tokens}
+                modelled = {"j_per_token_modelled": part.numbers["j_per_token_modelled"]}
+                self.history.append({**_NO_WINDOW, **known, **modelled, **_controls(phase, prices, outputs)})
+
+    def reaction(self, phase: Phase, watched: str = "j_per_token_modelled") -> ReactionLags:
+        """Return how a phase answered the last change of the budget; windows before the change before it do not count.
+
+        Args:
+            phase: of the work.
+            watched: a name in `history`: the modelled cost of the routing, or for example ``power_w``.
+        """
+        if not self.budgets:
+            return ReactionLags(reason="the budget was not changed")
+        after_s = self.budgets[-2][0] if len(self.budgets) > 1 else -math.inf
+        rows = [row for row in self.history if row["phase"] == phase and row["t_s"] > after_s]
+        windows = [LagWindow(t_s=row["t_s"], tokens=row["tokens"], value=row[watched]) for row in rows]
+        return reaction_lags(windows, self.budgets[-1][0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as plain values."""
@@ -96,6 +150,21 @@ class Tally:
             phases={phase: PhaseTally(**state["phases"][phase]) for phase in PHASES},
             energy=EnergyTotals.from_state(state["energy"]),
         )
+
+
+#: What a row of history has from the sensor.
+_NO_WINDOW = dict.fromkeys(("j_per_token_measured", "power_w", "temp_c", "window_s", "provenance", "reason"))
+
+
+def _controls(
+    phase: Phase, prices: Mapping[Phase, float], outputs: Mapping[Phase, ControlOutput]
+) -> dict[str, float | str | None]:
+    output = outputs.get(phase)
+    return {
+        "price": prices[phase],
+        "state": None if output is None else output.state,
+        "cost_target_j": None if output is None else output.cost_target_j,
+    }
 
 
 def step_metrics(
@@ -166,7 +235,6 @@ def text_report(
     states: Mapping[Phase, tuple[str, str]],
     cost_model: str,
     provenance_modelled: str,
-    reactions: Iterable[str] = (),
 ) -> str:
     """Return what happened, in lines."""
     lines = [f"budget: {budget or 'none'}"]
@@ -190,6 +258,8 @@ def text_report(
         if len(part.states) > 1:
             shares = ", ".join(f"{name} {count}" for name, count in part.states.items())
             lines.append(f"  steps by state: {shares}")
+        if tally.budgets:
+            lines.append(f"  answer to {tally.budgets[-1][1]}: {_answer(tally.reaction(phase))}")
     energy = tally.energy
     if energy.provenance is not None and energy.tokens > 0:
         per_token = millijoules(energy.energy_j / energy.tokens)
@@ -199,4 +269,16 @@ def text_report(
     else:
         lines.append(f"measured: nothing ({'; '.join(energy.gaps) or 'no window was long enough'})")
     lines.append(f"cost model: {cost_model}")
-    return "\n".join([*lines, *reactions])
+    return "\n".join(lines)
+
+
+def _answer(lags: ReactionLags) -> str:
+    def told(name: str, lag: Lag | None) -> str:
+        if lag is None:
+            return f"{name} not seen"
+        return f"{name} after {lag.ms:.0f} ms, {lag.tokens:.0f} tokens, {lag.windows} windows"
+
+    if lags.final is None or lags.overshoot is None:
+        return lags.reason or "not seen"
+    parts = (("detected", lags.detection), ("63 %", lags.rise_63), ("settled", lags.settling))
+    return "; ".join(told(name, lag) for name, lag in parts)
