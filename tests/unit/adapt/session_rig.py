@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from thermoe.adapt.session import AdaptiveSession
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.work import ModelWork
+from thermoe.models.convert import convert_to_moe
 from thermoe.moe.layer import routed_modules
 from thermoe.telemetry.clock import VirtualClock
 from thermoe.telemetry.meter import EnergyMeter
 from thermoe.telemetry.plant import Board, Fault, StepLoad
 from thermoe.telemetry.simulated import SimulatedSource
-from thermoe.testing import random_tokens, tiny_moe
+from thermoe.testing import random_tokens, tiny_gpt2
 
-FORWARD_S = 0.1
+FORWARD_S = 0.2
 
 
 def scaled_cost(factor: float) -> CostModel:
@@ -36,8 +37,17 @@ def joules_of(model: nn.Module, cost: CostModel, tokens: int) -> float:
     return cost.forward_j(ModelWork.of(model), tokens, pairs, opened)
 
 
+def one_layer() -> Any:
+    """Return a tiny MoE of one layer, whose router is decided enough to choose differently per token."""
+    model = convert_to_moe(tiny_gpt2(n_layer=1), num_experts=8, top_k=4)
+    with torch.no_grad():
+        for _, module in routed_modules(model):
+            module.router.weight.normal_(std=0.3)  # type: ignore[union-attr, operator]
+    return model.eval()
+
+
 class Rig:
-    """A model, and a board on which its forwards take 0.1 s each and draw the joules the cost model gives them.
+    """A model, and a board on which its forwards take 0.2 s each and draw the joules the cost model gives them.
 
     Args:
         faults: of the board's sensors.
@@ -56,7 +66,7 @@ class Rig:
         model: Any = None,
         noise: float = 0.01,
     ) -> None:
-        self.model = tiny_moe(num_experts=8, top_k=4) if model is None else model
+        self.model = one_layer() if model is None else model
         self.batch, self.gain = batch, gain
         self._seed = 0
         self.model(self.ids())
@@ -78,8 +88,8 @@ class Rig:
         tokens = output.logits.shape[0] * output.logits.shape[1]
         self.spent_j.append(joules_of(self.model, self.cost, tokens))
         self.load.set(self.clock.now_s(), self.gain * self.spent_j[-1] / FORWARD_S)
-        for _ in range(2):
-            self.clock.sleep_s(FORWARD_S / 2)
+        for _ in range(4):
+            self.clock.sleep_s(FORWARD_S / 4)
             if self.meter.sampler is not None:
                 self.meter.sampler.poll()
 

@@ -31,16 +31,16 @@ def measured(session: Any, since_s: float) -> list[float]:
     return [row["j_per_token_measured"] for row in rows if row["j_per_token_measured"] is not None]
 
 
-@pytest.mark.parametrize("gain", [1.0, 1.6, 0.6])
+@pytest.mark.parametrize("gain", [1.6, 0.6])
 def test_a_feasible_budget_is_reached(gain: float) -> None:
     rig = Rig(gain=gain)
     budget = 0.8 * free_j(rig)
     with rig.session(budget) as session:
         began_s = rig.clock.now_s()
-        last = rig.run(session, 80)[-1]
+        last = rig.run(session, 50)[-1]
         assert last["state"] == "TRACKING" and last["provenance"] == "simulated"
-        late = measured(session, began_s + 50)
-        assert len(late) >= 12
+        late = measured(session, began_s + 24)
+        assert len(late) >= 10
         assert statistics.fmean(late) == pytest.approx(budget, rel=0.05)
         assert last["price"] > 0 and last["distinct_experts"] < 6
     assert "TRACKING" in session.report()
@@ -50,11 +50,11 @@ def test_a_changed_budget_is_followed_and_the_lags_are_told() -> None:
     rig = Rig()
     free = free_j(rig)
     with rig.session(0.9 * free) as session:
-        rig.run(session, 40)
+        rig.run(session, 24)
         session.set_budget(f"{700 * free} mJ/token")
         changed_s = rig.clock.now_s()
-        rig.run(session, 50)
-        assert statistics.fmean(measured(session, changed_s + 25)) == pytest.approx(0.7 * free, rel=0.05)
+        rig.run(session, 40)
+        assert statistics.fmean(measured(session, changed_s + 20)) == pytest.approx(0.7 * free, rel=0.05)
         lags = session.tally.reaction("decode")
         assert lags.detection is not None and lags.rise_63 is not None
         assert 0 < lags.detection.ms <= lags.rise_63.ms < 20_000 and lags.detection.tokens > 0
@@ -65,12 +65,12 @@ def test_a_budget_below_the_floor_is_infeasible_and_one_above_is_slack() -> None
     rig = Rig()
     free = free_j(rig)
     with rig.session(0.1 * free) as session:
-        low = rig.run(session, 50)[-1]
+        low = rig.run(session, 30)[-1]
         assert low["state"] == "INFEASIBLE" and "cheapest" in low["reason"]
         costs = session._instrument.solver.cost_range("decode")  # type: ignore[union-attr]
         assert costs is not None and low["j_per_token_modelled"] == pytest.approx(costs.low_j, rel=0.02)
         session.set_budget(2 * free)
-        high = rig.run(session, 50)[-1]
+        high = rig.run(session, 24)[-1]
         assert high["state"] == "SLACK" and high["price"] == 0
         assert high["experts_per_token"] == 4
 
@@ -82,20 +82,20 @@ def test_a_power_cap_is_held() -> None:
     cap_w = 0.8 * free_w
     with rig.session(f"{cap_w} W") as session:
         began_s = rig.clock.now_s()
-        last = rig.run(session, 100)[-1]
-        powers = [row["power_w"] for row in session.tally.history if row["t_s"] > began_s + 70]
+        last = rig.run(session, 64)[-1]
+        powers = [row["power_w"] for row in session.tally.history if row["t_s"] > began_s + 40]
     assert last["state"] == "TRACKING"
     assert statistics.fmean(powers) == pytest.approx(cap_w, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["lost", "dropout", "nan"])
+@pytest.mark.parametrize("kind", ["lost", "nan"])
 def test_telemetry_that_dies_leaves_the_work_alone(kind: Any) -> None:
-    rig = Rig(faults=[Fault(kind=kind, start_s=1060.0)])
+    rig = Rig(faults=[Fault(kind=kind, start_s=1036.0)])
     budget = 0.8 * free_j(rig)
     with rig.session(budget) as session:
-        before = rig.run(session, 1058 - rig.clock.now_s())[-1]
+        before = rig.run(session, 1034 - rig.clock.now_s())[-1]
         assert before["state"] == "TRACKING"
-        after = rig.run(session, 40)
+        after = rig.run(session, 24)
         assert after[-1]["state"] == "STALE", after[-1]["reason"]
         tokens = [m["tokens"] for m in after]
         assert tokens == [5 * rig.batch] * len(tokens)  # work goes on
@@ -129,7 +129,7 @@ def test_both_phases_share_a_window_by_their_modelled_joules() -> None:
     rig = Rig(noise=0.0)
     spent = {"prefill": 0.0, "decode": 0.0}
     with rig.session() as session, torch.no_grad():
-        for _ in range(100):
+        for _ in range(50):
             for phase, length in (("prefill", 4), ("decode", 1)):
                 rig.model(rig.ids(length))
                 spent[phase] += joules_of(rig.model, rig.cost, rig.batch * length)
@@ -144,11 +144,11 @@ def test_both_phases_share_a_window_by_their_modelled_joules() -> None:
             own = [r for r in session.tally.history if r["phase"] == phase]
             tokens = rig.batch * (4 if phase == "prefill" else 1)
             mean_j = statistics.fmean(r["j_per_token_modelled"] for r in own)
-            assert mean_j == pytest.approx(spent[phase] / 100 / tokens, rel=0.03)
-            assert sum(r["tokens"] for r in own) == pytest.approx(100 * tokens, rel=0.15)
+            assert mean_j == pytest.approx(spent[phase] / 50 / tokens, rel=0.03)
+            assert sum(r["tokens"] for r in own) == pytest.approx(50 * tokens, rel=0.15)
     # Windows are contiguous: what they measured is what the board gave, over the time they covered.
     energy = session.tally.energy
-    assert not energy.partial and energy.measured_s > 0.85 * 200 * FORWARD_S
+    assert not energy.partial and energy.measured_s > 0.85 * 100 * FORWARD_S
     plant = rig.source.plants[0]
     assert energy.energy_j / energy.measured_s == pytest.approx(
         plant.true_between(rig.clock.now_s() - 18, rig.clock.now_s() - 1) / 17, rel=0.05
@@ -156,22 +156,27 @@ def test_both_phases_share_a_window_by_their_modelled_joules() -> None:
 
 
 def test_prefill_and_decode_are_held_each_by_itself() -> None:
-    rig = Rig()
+    rig = Rig(watts=60)
     with rig.session() as session, torch.no_grad():
-        for _ in range(60):
-            rig.model(rig.ids(6)), rig.model(rig.ids())
-            session.step()
-        free = {phase: part.j_per_token for phase, part in session.tally.windows.items()}
-        budgets = {"prefill": 0.85 * free["prefill"], "decode": 0.8 * free["decode"]}  # type: ignore[operator]
+
+        def work(rounds: int) -> dict[str, Any]:
+            for _ in range(rounds):
+                rig.model(rig.ids(32)), rig.model(rig.ids())
+                metrics = session.step()
+            return metrics
+
+        work(25)
+        free = {phase: part.j_per_token or 0.0 for phase, part in session.tally.windows.items()}
+        budgets = {"prefill": 0.9 * free["prefill"], "decode": 0.85 * free["decode"]}
         session.set_budget({"j_per_token": budgets})
         began_s = rig.clock.now_s()
-        for _ in range(400):
-            rig.model(rig.ids(6)), rig.model(rig.ids())
-            metrics = session.step()
+        metrics = work(140)
         for phase, budget in budgets.items():
-            rows = [r for r in session.tally.history if r["phase"] == phase and r["t_s"] > began_s + 50]
+            rows = [r for r in session.tally.history if r["phase"] == phase and r["t_s"] > began_s + 26]
             assert metrics[f"{phase}/state"] == "TRACKING", metrics[f"{phase}/reason"]
-            assert statistics.fmean(r["j_per_token_measured"] for r in rows) == pytest.approx(budget, rel=0.05)
+            found = [r["j_per_token_measured"] for r in rows]
+            assert statistics.fmean(found) == pytest.approx(budget, rel=0.05)
+            assert statistics.stdev(found) < 0.1 * budget  # neither swings the other
 
 
 def test_a_forward_under_way_counts_in_proportion() -> None:
