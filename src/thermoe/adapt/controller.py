@@ -219,8 +219,8 @@ class BudgetController:
         targets = {name: loop.target * units[name] for name, loop in able.items() if loop.target is not None}
         applied = min(targets.values(), default=None)
         binding: Limit | None = None
-        if dual:
-            binding = max(able, key=lambda name: able[name].price, default=None)
+        if dual and able:
+            binding = max(able.items(), key=lambda item: item[1].price)[0]
         elif applied is not None:
             tightest = [name for name, target_j in targets.items() if target_j <= applied * (1 + 1e-9)]
             binding = next((name for name in tightest if states[name][0] == "INFEASIBLE"), tightest[0])
@@ -229,7 +229,7 @@ class BudgetController:
                 loop.wait_above(applied / units[name])
         reports = {name: self._report(loop, *states[name], units[name]) for name, loop in loops.items()}
         said = reports[binding] if binding is not None else next(iter(reports.values()))
-        free = binding is None or loops[binding].at_ceiling
+        free = binding is None or able[binding].at_ceiling
         prices = math.fsum(loop.price for loop in able.values())
         return ControlOutput(
             cost_target_j=None if dual or free else applied,

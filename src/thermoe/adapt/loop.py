@@ -145,7 +145,10 @@ class Loop:
         if self.parked and away > FULL_STEP_REL * self.limit:
             self.readings = 1
         self.error = error if self.readings == 1 else self.error + FILTER_RATE * (error - self.error)
-        lacking = self.slope.lacks_authority()
+        # Only a loop that has gone as far as it can and is still above its limit asks whether going there helps at all;
+        # a drift as fast as the moves that answer it can hide their effect, but does not lead there.
+        stuck = self.at_floor and self.error > 0
+        lacking = (self.gave_up or stuck) and self.slope.lacks_authority(gave_up=self.gave_up)
         if lacking:
             self.target, self.price, self.readings, self.jump_windows = high, 0.0, 1, 0
         elif self.settings.law == "dual":
