@@ -88,12 +88,24 @@ class Loop:
         """The filtered reading in its own unit, ``None`` before the first."""
         return (self.limit + self.error) * self.scale if self.readings else None
 
+    @property
+    def asked(self) -> float | None:
+        """The target inside the range that the cost has now."""
+        return None if self.target is None else min(self.high, max(self.low, self.target))
+
     def see_range(self, low: float, high: float) -> None:
-        """Take the range that the cost has now; the first call sets the first target."""
+        """Take the range that the cost has now; the first call sets the first target.
+
+        A target at the end of its range says only that the limit lies beyond; when the end moves, it moves to where the
+        last reading puts the limit. Any other one stays, so that a range that narrows for a while does no harm.
+        """
+        beyond = (self.at_ceiling and self.error < 0) or (self.at_floor and self.error > 0)
+        moved = (low, high) != (self.low, self.high)
         self.low, self.high = low, high
         if self.target is None:
             self.target = self.limit if self.starts_at_limit and self.settings.feed_forward else high
-        self.target = min(high, max(low, self.target))
+        elif moved and beyond and self.readings and self.settings.feed_forward:
+            self._jump(self.slope.last_cost - self.error / self.slope.value - self.target)
 
     def set_limit(self, limit: float) -> None:
         """Change the limit; a cost target moves with it at once."""
@@ -130,6 +142,7 @@ class Loop:
     def update(self, y: float, cost: float, low: float, high: float) -> None:
         """Take one good window: ``y`` measured, ``cost`` modelled for what ran, and the range of the cost now."""
         self.see_range(low, high)
+        self.target = self.asked
         assert self.target is not None
         span = high - low
         if span <= NO_RANGE_REL * high:
@@ -184,7 +197,7 @@ class Loop:
         """Whether nothing cheaper is left to ask for."""
         if self.settings.law == "dual":
             return self.price == self.settings.price_max
-        return self.target is not None and self.target <= self.low
+        return self.asked == self.low
 
     @property
     def at_ceiling(self) -> bool:

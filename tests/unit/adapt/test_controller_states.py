@@ -213,12 +213,37 @@ def test_a_bad_run_leaves_no_trace_in_the_target() -> None:
     assert max(abs(j - before) for j in plant.true_j[80:]) < 2e-3 * before
 
 
-def test_a_stale_loop_keeps_its_target_when_the_range_moves_and_back() -> None:
+def test_a_stale_loop_keeps_its_target_while_the_range_narrows_and_widens_again() -> None:
     controller = BudgetController(BUDGET)
     for window in range(10):
         controller.update(_reading(window), COSTS)
-    bad = controller.update(_reading(10, status="invalid", reason="device lost", j=None), COSTS)
+    lost = {"status": "invalid", "reason": "device lost", "j": None}
+    bad = controller.update(_reading(10, **lost), COSTS)
     assert bad.state == "STALE" and bad.reason.startswith("device lost") and bad.cost_target_j == pytest.approx(0.03)
+    narrow = controller.update(_reading(11, **lost), CostRange(low_j=0.01, high_j=0.02))
+    assert narrow.state == "STALE" and narrow.cost_target_j is None
+    again = controller.update(_reading(12, **lost), COSTS)
+    assert again.cost_target_j == bad.cost_target_j
+
+
+def test_a_range_that_widens_does_not_open_a_loop_beyond_its_limit() -> None:
+    """From 64 to 16 sequences a token costs three times as much; a target that was the top of its range meant no more
+    than that the budget was above it."""
+    controller = BudgetController(Budget(j_per_token=0.04), delay_windows=0)
+    wide, narrow = CostRange(low_j=0.017, high_j=0.086), CostRange(low_j=0.008, high_j=0.025)
+    output = controller.output("decode", narrow)
+    for window in range(20):
+        cost_j = output.cost_target_j or narrow.high_j
+        output = controller.update(_reading(window, j=cost_j + 0.002, cost_j=cost_j), narrow)
+    assert output.state == "SLACK"
+    seen = []
+    for window in range(20, 40):
+        output = controller.output("decode", wide) if window == 20 else output
+        cost_j = output.cost_target_j or wide.high_j
+        seen.append(cost_j + 0.002)
+        output = controller.update(_reading(window, j=cost_j + 0.002, cost_j=cost_j), wide)
+    assert output.state == "TRACKING"
+    assert seen == pytest.approx([0.04] * 20, rel=0.05)
 
 
 def test_a_power_reading_that_is_missing_stops_the_power_loop_alone() -> None:
