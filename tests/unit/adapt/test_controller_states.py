@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import random
 from typing import Any
 
 import pytest
@@ -244,6 +245,24 @@ def test_a_range_that_widens_does_not_open_a_loop_beyond_its_limit() -> None:
         output = controller.update(_reading(window, j=cost_j + 0.002, cost_j=cost_j), wide)
     assert output.state == "TRACKING"
     assert seen == pytest.approx([0.04] * 20, rel=0.05)
+
+
+@pytest.mark.parametrize(("part", "state"), [(0.3, "INFEASIBLE"), (1.3, "SLACK"), (0.7, "TRACKING")])
+def test_a_range_that_trembles_changes_no_state(part: float, state: str) -> None:
+    """The reservoir of the inner loop is a sample: both ends of the range move by a percent from window to window."""
+    plant = ControlPlant(BudgetController(Budget(j_per_token=part * FULL_J)))
+    exact, draw = plant.cost_range, random.Random(0)
+
+    def trembling() -> CostRange:
+        costs = exact()
+        return CostRange(low_j=costs.low_j * draw.uniform(0.99, 1.01), high_j=costs.high_j * draw.uniform(0.99, 1.01))
+
+    plant.cost_range = trembling  # type: ignore[method-assign]
+    plant.start()
+    plant.run(100)
+    assert set(plant.states[-60:]) == {state}
+    if state == "TRACKING":
+        assert sum(plant.true_j[-60:]) / 60 == pytest.approx(part * FULL_J, rel=0.01)
 
 
 def test_a_power_reading_that_is_missing_stops_the_power_loop_alone() -> None:
