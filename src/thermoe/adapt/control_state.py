@@ -39,7 +39,7 @@ def judge(loop: Loop, name: Limit, phase: str, *, modelled: bool) -> tuple[Contr
         waits = f": {loop.trouble}" if loop.trouble else " for the first window"
         return "TRACKING", f"{limit} at {phase} is held by the model alone, waiting{waits}"
     seen = _amount(measured, unit)
-    if loop.parked and loop.at_floor and loop.error > max(loop.band, 0.0):
+    if loop.parked and loop.at_floor and loop.error > loop.band:
         return "INFEASIBLE", f"the cheapest allowed routing at {phase} measures {seen}, above {limit}; it is held"
     if loop.at_ceiling and loop.error <= 0:
         return "SLACK", f"{limit} at {phase} does not bind: {seen} at price 0"

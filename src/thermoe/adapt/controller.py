@@ -216,20 +216,21 @@ class BudgetController:
         dual = self.settings.law == "dual"
         units = {name: self._unit_j("j_per_token" if name == "j_per_token" else "power_w", costs) for name in loops}
         able = {name: loop for name, loop in loops.items() if states[name][0] != "NO_AUTHORITY"}
-        targets = {name: loop.target * units[name] for name, loop in able.items() if loop.target is not None}
+        targets = {name: loop.asked * units[name] for name, loop in able.items() if loop.asked is not None}
         applied = min(targets.values(), default=None)
         binding: Limit | None = None
-        if dual:
-            binding = max(able, key=lambda name: able[name].price, default=None)
+        if dual and able:
+            binding = max(able.items(), key=lambda item: item[1].price)[0]
         elif applied is not None:
             tightest = [name for name, target_j in targets.items() if target_j <= applied * (1 + 1e-9)]
             binding = next((name for name in tightest if states[name][0] == "INFEASIBLE"), tightest[0])
             for name, loop in able.items():
                 loop.active = name == binding and not (loop.at_floor or loop.at_ceiling)
-                loop.wait_above(applied / units[name])
+                if name != binding and not loop.stale:
+                    loop.wait_above(applied / units[name])
         reports = {name: self._report(loop, *states[name], units[name]) for name, loop in loops.items()}
         said = reports[binding] if binding is not None else next(iter(reports.values()))
-        free = binding is None or loops[binding].at_ceiling
+        free = binding is None or able[binding].at_ceiling
         prices = math.fsum(loop.price for loop in able.values())
         return ControlOutput(
             cost_target_j=None if dual or free else applied,
@@ -248,7 +249,7 @@ class BudgetController:
             reason=reason,
             limit=loop.limit * loop.scale,
             measured=loop.measured,
-            cost_target_j=loop.target * unit_j if asks and loop.target is not None else None,
+            cost_target_j=loop.asked * unit_j if asks and loop.asked is not None else None,
             price=self._price(loop.price),
             slope=loop.slope.value,
             gain=loop.gain,

@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 from thermoe.adapt.control_settings import ControlSettings
-from thermoe.adapt.slope import SlopeEstimate
+from thermoe.adapt.slope import CALM, SlopeEstimate
 
 #: Weight of a window in the filtered error.
 FILTER_RATE = 0.25
@@ -60,7 +60,9 @@ class Loop:
         self.price = 0.0
         self.low = self.high = 0.0
         self.error = self.last_error = 0.0
-        self.readings = self.at_bound = 0
+        self.readings = 0
+        #: For how many windows the limit has lain beyond the floor, or, counted downwards, beyond the ceiling.
+        self.at_bound = 0
         self.jump = 0.0
         self.jump_windows = 0
         #: Whether the target was inside its range and the tightest when it was last applied; the controller says so.
@@ -88,12 +90,24 @@ class Loop:
         """The filtered reading in its own unit, ``None`` before the first."""
         return (self.limit + self.error) * self.scale if self.readings else None
 
+    @property
+    def asked(self) -> float | None:
+        """The target inside the range that the cost has now."""
+        return None if self.target is None else min(self.high, max(self.low, self.target))
+
     def see_range(self, low: float, high: float) -> None:
-        """Take the range that the cost has now; the first call sets the first target."""
+        """Take the range that the cost has now; the first call sets the first target.
+
+        A target that has been at the end of its range for long says only that the limit lies beyond; when the end moves
+        away, it goes where the readings put the limit. Any other stays, so that a range may narrow for a while.
+        """
+        end, was = (low, self.low) if self.at_bound > 0 else (high, self.high)
+        moved = self.parked and abs(end - was) > CALM * (high - low)
         self.low, self.high = low, high
         if self.target is None:
             self.target = self.limit if self.starts_at_limit and self.settings.feed_forward else high
-        self.target = min(high, max(low, self.target))
+        elif moved and self.settings.feed_forward:
+            self._jump(self.slope.last_cost - self.error / self.slope.value - self.target)
 
     def set_limit(self, limit: float) -> None:
         """Change the limit; a cost target moves with it at once."""
@@ -107,7 +121,8 @@ class Loop:
             executed = self._jump((limit - start) / self.slope.value)
         if self.readings:
             self.error = reading + self.slope.value * executed - limit
-        self.at_bound = 0
+        if self.at_bound * self.error <= 0:
+            self.at_bound = 0
 
     def _jump(self, move: float) -> float:
         """Move the target by ``move`` as far as the range allows; return how far."""
@@ -130,6 +145,7 @@ class Loop:
     def update(self, y: float, cost: float, low: float, high: float) -> None:
         """Take one good window: ``y`` measured, ``cost`` modelled for what ran, and the range of the cost now."""
         self.see_range(low, high)
+        self.target = self.asked
         assert self.target is not None
         span = high - low
         if span <= NO_RANGE_REL * high:
@@ -141,11 +157,14 @@ class Loop:
             self.slope.fade()
         self.readings += 1
         error = y - self.limit + self.slope.value * self._not_shown_yet(cost)
-        away = -error if self.at_floor else error
+        away = -error if self.at_bound > 0 else error
         if self.parked and away > FULL_STEP_REL * self.limit:
             self.readings = 1
         self.error = error if self.readings == 1 else self.error + FILTER_RATE * (error - self.error)
-        lacking = self.slope.lacks_authority()
+        # Only a loop that has gone as far as it can and is still above its limit asks whether going there helps at all;
+        # a drift as fast as the moves that answer it can hide their effect, but does not lead there.
+        stuck = self.at_floor and self.error > 0
+        lacking = (self.gave_up or stuck) and self.slope.lacks_authority(gave_up=self.gave_up)
         if lacking:
             self.target, self.price, self.readings, self.jump_windows = high, 0.0, 1, 0
         elif self.settings.law == "dual":
@@ -153,8 +172,10 @@ class Loop:
         else:
             self._move(error, y, cost, span)
         self.gave_up, self.last_error = lacking, error
-        at_end = self.at_floor if self.error > 0 else self.at_ceiling
-        self.at_bound = self.at_bound + 1 if at_end else 0
+        if self.error > 0:
+            self.at_bound = max(0, self.at_bound) + 1 if self.at_floor else 0
+        else:
+            self.at_bound = min(0, self.at_bound) - 1 if self.at_ceiling else 0
 
     def _move(self, error: float, y: float, cost: float, span: float) -> None:
         assert self.target is not None
@@ -181,19 +202,17 @@ class Loop:
         """Whether nothing cheaper is left to ask for."""
         if self.settings.law == "dual":
             return self.price == self.settings.price_max
-        return self.target is not None and self.target <= self.low
+        return self.asked == self.low
 
     @property
     def at_ceiling(self) -> bool:
         """Whether nothing is asked for."""
-        return (
-            self.price == 0.0 if self.settings.law == "dual" else self.target is not None and self.target >= self.high
-        )
+        return self.price == 0.0 if self.settings.law == "dual" else self.asked == self.high
 
     @property
     def parked(self) -> bool:
         """Whether the target has been at the end of its range, with the readings beyond it, for long."""
-        return self.at_bound > self.settings.delay_windows + PARKED_WINDOWS
+        return abs(self.at_bound) > self.settings.delay_windows + PARKED_WINDOWS
 
     def wait_above(self, applied: float) -> None:
         """Hold a target that does not bind close above the one that does, so that it does not wind up."""

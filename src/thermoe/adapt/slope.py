@@ -21,7 +21,7 @@ from typing import Any
 PRIOR_INFORMATION = 1.0 / 0.5**2
 SLOPE_LOW, SLOPE_HIGH = 0.5, 2.0
 #: Weight that a move keeps when the next one is learned, and that evidence keeps in each window of a loop that gave up.
-FORGETTING, FADING = 0.9, 0.995
+FORGETTING, FADING = 0.9, 0.99
 #: A cost that moves less than this part of its range is calm; a move of the second part is worth learning from.
 CALM, MOVE = 0.05, 0.2
 #: A move ends when the cost is calm for longer than the delay, or so many windows beyond it; a slower one is drift.
@@ -29,8 +29,9 @@ SHORT_MOVE, LONG_MOVE = 4, 6
 CALM_WINDOWS = 4
 #: A jump of the reading by more standard deviations than this is a disturbance of the plant.
 DISTURBANCE_SD = 4.5
-#: No authority: the 95 % interval of the slope reaches 0 and lies wholly below this part of the calibrated slope.
-NEGLIGIBLE = 0.25
+#: No authority: the 95 % interval of the slope reaches 0 and lies wholly below the first part of the calibrated slope.
+#: A loop that gave up because of it comes back when the interval reaches the second.
+NEGLIGIBLE, NOTICEABLE = 0.25, 0.5
 NOISE_RATE = 0.1
 NOISE_FLOOR_REL = 0.002
 
@@ -79,13 +80,15 @@ class SlopeEstimate:
         middle, half = moment / information, 1.96 / math.sqrt(information)
         return middle - half, middle + half
 
-    def lacks_authority(self) -> bool:
-        """Return whether the readings show that a lower cost does not lower y."""
+    def lacks_authority(self, *, gave_up: bool = False) -> bool:
+        """Return whether the readings show that a lower cost does not lower y; ``gave_up``: show nothing better yet."""
         low, high = self.interval()
-        return low <= 0 and high < NEGLIGIBLE
+        return high < NOTICEABLE if gave_up else low <= 0 and high < NEGLIGIBLE
 
     def fade(self) -> None:
         """Let the evidence fade by one window, so that a loop that gave up tries again in minutes."""
+        if self.calm_windows == CALM_WINDOWS:
+            self._close_move()
         self._keep(FADING)
 
     def _keep(self, part: float) -> None:

@@ -177,3 +177,11 @@ def test_heat_is_watched_in_windows_whose_joules_are_in_doubt() -> None:
     plant.run(190, status="flagged", reason="shared device")
     assert plant.output.power_cap_w is not None
     assert plant.controller._heat is not None and plant.controller._heat.seen_s == plant.t_s
+
+
+def test_a_temperature_that_the_cheapest_routing_exceeds_is_infeasible() -> None:
+    plant = BoardPlant(Budget(temp_c=41), seed=10)
+    plant.run(150)
+    assert plant.output.state == "INFEASIBLE" and plant.output.binding == "temp_c"
+    assert plant.cost[-1] == pytest.approx(plant.range.low_j / plant.range.high_j)
+    assert [output.state for output in plant.outputs[-50:]].count("INFEASIBLE") >= 45
