@@ -196,7 +196,23 @@ def check_prediction(
     Returns:
         `holds` (true, false or ``None`` where the interval leaves it open), `text`, and the numbers.
     """
+
+    def known(name: str, start: str, seed: int) -> bool:  # dead experts are not, after too few tokens
+        return (name, start, seed) in results and results[name, start, seed][prediction.metric] is not None
+
     seeds = sorted({key[2] for key in results if key[:2] == (arm, prediction.start)})
+    pairs = [(arm, prediction.start), *([] if prediction.reference is None else [prediction.reference])]
+    if not seeds or not all(known(*pair, seed) for pair in pairs for seed in seeds):
+        return {
+            "holds": None,
+            "text": f"Left open: {spec.definitions[arm].title}, {prediction.start} start, {prediction.text}. "
+            f"{METRICS[prediction.metric]} is not known for every seed.",
+            "start": prediction.start,
+            "metric": prediction.metric,
+            "value": None,
+            "lo": None,
+            "hi": None,
+        }
     values = [float(results[arm, prediction.start, seed][prediction.metric]) for seed in seeds]
     if prediction.reference is None:
         assert prediction.value is not None

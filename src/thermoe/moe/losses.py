@@ -2,7 +2,8 @@
 
 Computed per layer on the real (unpadded) tokens and then summed over layers, so that a coefficient says how hard each
 layer is pulled, however deep the model is, and two layers that collapsed onto different experts do not look balanced
-(averaged over six layers, the same coefficients left loads of up to 3.4 times the mean: docs/results/convergence). With P_e = mean_t p_te, f_e = n_e / sum n and sg = stop-gradient:
+(averaged over six layers, the same coefficients left loads of up to 3.4 times the mean: docs/results/convergence).
+With P_e = mean_t p_te, f_e = n_e / sum n and sg = stop-gradient:
 
 - `switch`: E * sum_e sg(f_e) P_e (Switch Transformer, arXiv 2101.03961); 1 at balance for every k.
 - `switch_hf`: the form of Transformers, for comparison: summed over the k slots (k at balance) and over the tokens of

@@ -11,6 +11,11 @@ pass, smallest surplus first); each token takes its best opened experts with r >
 maximiser per token, and cost falls monotonically with the price. At price 0 the selection is the baseline's own, bit
 for bit.
 
+That is the benefit "gate". With the benefit "distortion" the loss of a choice is how far it moves the output, weighted
+by what that does to the loss of the model; starting from the baseline's choice, experts are closed, then pairs given
+up, as long as that saves more than it loses (`thermoe.routers.selection`). In decode grouping it keeps more quality at
+the same number of distinct experts (docs/results/energy-router).
+
 Experts are ranked by u - pi (c - min c), which keeps the order of u in float32 however large the price is. Opening
 costs couple the tokens of a batch; they act only where each sequence contributes one position (decode), or within the
 groups of equal position when `group_by_position` asks to score a prompt as if it were decoded. Prefill stays causal.
@@ -29,80 +34,14 @@ from torch import Tensor
 from thermoe.errors import RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.routers.base import ROUTERS
+from thermoe.routers.selection import DropPass, close_by_distortion, drop_by_distortion, open_experts, take_open
 from thermoe.routers.topk import TopKRouter
 
-DropPass = Literal["all", "phase2", "none"]
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Benefit = Literal["gate", "distortion"]
+BENEFITS: tuple[Benefit, ...] = ("gate", "distortion")
 DROP_PASSES: tuple[DropPass, ...] = ("all", "phase2", "none")
-
-
-def open_experts(
-    u_GNE: Tensor,
-    real_GN: Tensor,
-    price: Tensor,
-    pair_cost: Tensor,
-    open_cost: Tensor,
-    k_min: int,
-    k_max: int,
-    drop: DropPass,
-) -> Tensor:
-    """Return bool (G, E): the experts each group opens (phases 1, 2 and the drop pass).
-
-    Args:
-        u_GNE: benefits.
-        real_GN: bool, false for padding.
-        price: scalar tensor.
-        pair_cost: (E,) c.
-        open_cost: (E,) a.
-        k_min: experts every token keeps.
-        k_max: most experts per token.
-        drop: "all" may close any expert, "phase2" only those opened for their surplus, "none" closes nothing.
-    """
-    experts = u_GNE.shape[-1]
-    real = real_GN.unsqueeze(-1)
-    r = u_GNE - price * pair_cost
-    key = u_GNE - price * (pair_cost - pair_cost.min())
-    base = torch.zeros_like(u_GNE, dtype=torch.bool)
-    if k_min:
-        base = base.scatter(-1, key.topk(k_min, -1).indices, True) & real
-    favourite = base.any(1)
-    wanted = torch.zeros_like(base).scatter(-1, key.topk(k_max, -1).indices, True) & real
-    surplus = torch.where(wanted, r.clamp(min=0), 0).sum(1)
-    opened = favourite | (surplus > price * open_cost)
-    if drop == "none":
-        return opened
-    worst = torch.finfo(u_GNE.dtype).min
-    # Ties are the rule where the price exceeds every benefit and each surplus is 0: then the least useful goes first.
-    by_use = torch.where(real, key, 0).sum(1).argsort(dim=-1, stable=True)
-    order = by_use.gather(-1, surplus.gather(-1, by_use).argsort(dim=-1, stable=True))
-    for rank in range(experts):  # a sequential pass by definition: each closing changes what the others are worth
-        candidate = order[:, rank : rank + 1]
-        open_GNE = opened.unsqueeze(1).expand_as(r)
-        best, used = _take_open(key, r, open_GNE, k_min, k_max)
-        chosen = torch.zeros_like(base).scatter(-1, best, used)
-        # A token that loses this expert falls back on its best open one outside its choice, or, above k_min, on none.
-        spare = torch.where(open_GNE & ~chosen, r, worst).amax(-1)
-        floor = torch.where(chosen.sum(-1) > k_min, 0.0, worst)
-        index = candidate.unsqueeze(1).expand(-1, u_GNE.shape[1], -1)
-        loses = chosen.gather(-1, index).squeeze(-1) & real_GN
-        loss = torch.where(loses, r.gather(-1, index).squeeze(-1) - torch.maximum(spare, floor), 0).sum(1)
-        pays = price * open_cost.expand_as(opened).gather(-1, candidate).squeeze(-1) > loss
-        may_close = opened.sum(-1) > max(k_min, 1)
-        if drop == "phase2":
-            may_close &= ~favourite.gather(-1, candidate).squeeze(-1)
-        close = torch.zeros_like(opened).scatter(-1, candidate, (pays & may_close).unsqueeze(-1))
-        opened = opened & ~close
-    return opened
-
-
-def _take_open(key: Tensor, r: Tensor, opened: Tensor, k_min: int, k_max: int) -> tuple[Tensor, Tensor]:
-    """Return each token's k_max best opened experts (..., K) and which of these slots it uses.
-
-    A slot is used when its expert is open and either r > 0 or it is one of the first k_min. Ties keep their order.
-    """
-    ranked = torch.where(opened, key, torch.finfo(key.dtype).min)
-    index = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]
-    first = torch.arange(k_max, device=key.device) < k_min
-    return index, ((r.gather(-1, index) > 0) | first) & opened.gather(-1, index)
 
 
 @ROUTERS.register("priced")
@@ -117,6 +56,9 @@ class PricedRouter(TopKRouter):
         pair_cost: c_e, relative to their mean (so of order 1); ``None`` is 1 for each expert.
         open_cost: a_e in the same unit; ``None`` is 0.
         price: benefit per unit of relative cost; 0 is the baseline.
+        prefill_price: the price where opening costs do not act; ``None`` is the same.
+        benefit: "gate" or "distortion", what an expert is worth.
+        sensitivity: s_e of "distortion", from `thermoe.adapt.sensitivity`; ``None`` is 1 for each expert.
         kappa: nats of loss per unit of benefit in this layer; lets one price serve layers that matter unequally.
         drop: the drop pass: "all", "phase2" or "none".
         batch_invariant: ignore opening costs, so that an output never depends on the batch around it.
@@ -124,18 +66,21 @@ class PricedRouter(TopKRouter):
         options: those of `TopKRouter`.
 
     Attributes:
-        price, pair_cost, open_cost, kappa: float32 buffers, updated in place (`set_price`, `set_costs`), so that a
-            captured graph sees the new value.
+        price, prefill_price, pair_cost, open_cost, kappa, sensitivity: float32 buffers, updated in place (`set_price`,
+            `set_costs`, `set_sensitivity`), so that a captured graph sees the new value.
         couples_tokens: whether any opening cost is above 0, known on the host.
 
     Raises:
-        RoutingError: k_min is not in 0..top_k, a cost is negative or not finite, or the price is.
+        RoutingError: k_min is not in 0..top_k, or a cost, a sensitivity or a price is negative or not finite.
+        UnknownNameError: no such benefit or drop pass.
     """
 
     fixed_k: ClassVar[bool] = False
-    float32_buffers = ("price", "kappa", "pair_cost", "open_cost")
+    float32_buffers = ("price", "prefill_price", "kappa", "pair_cost", "open_cost", "sensitivity")
 
     price: Tensor
+    prefill_price: Tensor
+    sensitivity: Tensor
     kappa: Tensor
     pair_cost: Tensor
     open_cost: Tensor
@@ -150,6 +95,9 @@ class PricedRouter(TopKRouter):
         pair_cost: Sequence[float] | None = None,
         open_cost: Sequence[float] | None = None,
         price: float = 0.0,
+        prefill_price: float | None = None,
+        benefit: Benefit = "gate",
+        sensitivity: Sequence[float] | None = None,
         kappa: float = 1.0,
         drop: DropPass = "all",
         batch_invariant: bool = False,
@@ -166,14 +114,22 @@ class PricedRouter(TopKRouter):
             )
         if drop not in DROP_PASSES:
             raise UnknownNameError.of("drop pass", str(drop), DROP_PASSES, where="drop")
+        if benefit not in BENEFITS:
+            raise UnknownNameError.of("benefit", str(benefit), BENEFITS, where="benefit")
         self.k_min = k_min
         self.drop: DropPass = drop
+        self.benefit: Benefit = benefit
         self.batch_invariant = batch_invariant
         self.group_by_position = group_by_position
-        for name, size in (("price", ()), ("kappa", ()), ("pair_cost", (num_experts,)), ("open_cost", (num_experts,))):
-            self.register_buffer(name, torch.zeros(size, dtype=torch.float32))
+        for name in ("price", "prefill_price", "kappa"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32))
+        for name in ("pair_cost", "open_cost", "sensitivity"):
+            self.register_buffer(name, torch.zeros(num_experts, dtype=torch.float32))
         self.set_costs(pair_cost, open_cost)
+        self.set_sensitivity(sensitivity)
         self.set_price(price)
+        if prefill_price is not None:
+            self.set_price(prefill_price, "prefill")
         self.kappa.fill_(kappa)
 
     def options(self) -> dict[str, Any]:
@@ -184,14 +140,24 @@ class PricedRouter(TopKRouter):
             "pair_cost": self.pair_cost.tolist(),
             "open_cost": self.open_cost.tolist(),
             "price": float(self.price),
+            "prefill_price": float(self.prefill_price),
+            "benefit": self.benefit,
+            "sensitivity": self.sensitivity.tolist(),
             "kappa": float(self.kappa),
             "drop": self.drop,
             "batch_invariant": self.batch_invariant,
             "group_by_position": self.group_by_position,
         }
 
-    def set_price(self, price: float) -> None:
-        """Push a new price in, between forwards."""
+    def set_price(self, price: float, phase: Phase | None = None) -> None:
+        """Push a new price in, between forwards.
+
+        Args:
+            price: at least 0.
+            phase: "decode" where opening costs act, "prefill" elsewhere, ``None`` for both.
+        """
+        if phase is not None and phase not in PHASES:
+            raise UnknownNameError.of("phase", str(phase), PHASES, where="phase")
         if not 0 <= price < float("inf"):
             raise RoutingError(
                 f"the price is {price}",
@@ -199,45 +165,59 @@ class PricedRouter(TopKRouter):
                 accepted="a finite number of at least 0",
                 fix="use 0 for the baseline router",
             )
-        self.price.fill_(price)
+        for name, buffer in (("decode", self.price), ("prefill", self.prefill_price)):
+            if phase in (None, name):
+                buffer.fill_(price)
 
     def set_costs(self, pair_cost: Sequence[float] | None, open_cost: Sequence[float] | None) -> None:
         """Push the costs of the E experts in; ``None`` restores 1 per pair or 0 per opening."""
-        checked: dict[str, list[float]] = {}
-        for name, values, default in (("pair_cost", pair_cost, 1.0), ("open_cost", open_cost, 0.0)):
-            costs = [default] * self.num_experts if values is None else [float(v) for v in values]
-            if len(costs) != self.num_experts or not all(0 <= cost < float("inf") for cost in costs):
-                raise RoutingError(
-                    f"{name} is {values}",
-                    where=name,
-                    accepted=f"{self.num_experts} finite numbers of at least 0",
-                    fix="take them from CostModel.relative_costs()",
-                )
-            checked[name] = costs
-        for name, costs in checked.items():
-            buffer = getattr(self, name)
+        source = "take them from CostModel.relative_costs()"
+        pair = self._per_expert("pair_cost", pair_cost, 1.0, source)
+        opening = self._per_expert("open_cost", open_cost, 0.0, source)
+        for buffer, costs in ((self.pair_cost, pair), (self.open_cost, opening)):
             buffer.copy_(torch.tensor(costs, device=buffer.device))
-        self.couples_tokens = any(cost > 0 for cost in checked["open_cost"])
+        self.couples_tokens = any(cost > 0 for cost in opening)
+
+    def set_sensitivity(self, sensitivity: Sequence[float] | None) -> None:
+        """Push in what each of the E experts' deviations do to the loss, in nats; ``None`` restores 1."""
+        values = self._per_expert("sensitivity", sensitivity, 1.0, "take them from measure_sensitivity()")
+        self.sensitivity.copy_(torch.tensor(values, device=self.sensitivity.device))
+
+    def _per_expert(self, name: str, given: Sequence[float] | None, default: float, source: str) -> list[float]:
+        values = [default] * self.num_experts if given is None else [float(v) for v in given]
+        if len(values) != self.num_experts or not all(0 <= value < float("inf") for value in values):
+            raise RoutingError(
+                f"{name} is {given}",
+                where=name,
+                accepted=f"{self.num_experts} finite numbers of at least 0",
+                fix=source,
+            )
+        return values
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Return each token's priced selection; at price 0 the baseline's own."""
         baseline = self._rank(logits)
         k_max = baseline.shape[-1]
         k_min = min(self.k_min, k_max)
-        u = self.kappa * probabilities
-        r = u - self.price * self.pair_cost
-        key = u - self.price * (self.pair_cost - self.pair_cost.min())
         grouped = self.group_by_position or context.is_decode
+        price = self.price if grouped else self.prefill_price
+        benefit = probabilities.clamp(min=0) if self.benefit == "distortion" else self.kappa * probabilities
         if self.couples_tokens and grouped and not self.batch_invariant and k_max:
-            opened = self._opened_by_group(u, context, k_min, k_max)
+            opened = self._opened_by_group(benefit, price, context, k_min, k_max)
         else:
-            opened = torch.ones_like(u, dtype=torch.bool)
+            opened = torch.ones_like(benefit, dtype=torch.bool)
         # In the order of the logits, which differ where probabilities are equal in float32 or underflow to 0.
         first = logits.argsort(dim=-1, descending=True, stable=True)
+        r, key = benefit - price * self.pair_cost, benefit - price * (self.pair_cost - self.pair_cost.min())
+        if self.benefit == "distortion":  # an open expert is taken first, and given up where it is not worth a pair
+            r, key = torch.ones_like(r), logits
         key, r, opened = (values.gather(-1, first) for values in (key, r, opened))
-        index, keep = _take_open(key, r, opened, k_min, k_max)
+        index, keep = take_open(key, r, opened, k_min, k_max)
         priced = torch.where(keep, first.gather(-1, index), self.num_experts)
-        return self._limit(torch.where(self.price > 0, priced, baseline), probabilities, context)
+        if self.benefit == "distortion":
+            weight = self.kappa * self.sensitivity
+            priced = drop_by_distortion(priced, benefit, baseline, price * self.pair_cost, weight, k_min)
+        return self._limit(torch.where(price > 0, priced, baseline), probabilities, context)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load, and know again on the host whether an opening cost is above 0."""
@@ -246,11 +226,17 @@ class PricedRouter(TopKRouter):
         if loaded is not None and not loaded.is_meta:
             self.couples_tokens = bool((loaded > 0).any())
 
-    def _opened_by_group(self, u_TE: Tensor, context: RoutingContext, k_min: int, k_max: int) -> Tensor:
+    def _opened_by_group(
+        self, benefit_TE: Tensor, price: Tensor, context: RoutingContext, k_min: int, k_max: int
+    ) -> Tensor:
         """Return bool (T, E): what the group of each token opened; a group is one position of every sequence."""
         batch, length = context.batch_size, context.sequence_length
-        u, real = context.by_position(u_TE), context.by_position(context.real(u_TE))
-        opened_GE = open_experts(u, real, self.price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
+        groups, real = context.by_position(benefit_TE), context.by_position(context.real(benefit_TE))
+        if self.benefit == "distortion":
+            weight = self.kappa * self.sensitivity
+            opened_GE = close_by_distortion(groups, real, price * self.open_cost, weight, k_min, k_max, self.drop)
+        else:
+            opened_GE = open_experts(groups, real, price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
         return opened_GE.unsqueeze(0).expand(batch, -1, -1).reshape(batch * length, self.num_experts)
 
 

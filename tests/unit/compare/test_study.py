@@ -147,6 +147,11 @@ def test_a_prediction_against_another_arm_is_paired_by_seed() -> None:
     assert within["holds"] is True and "below None plus 0.2" in within["text"]
 
 
+def test_a_prediction_about_what_is_not_known_is_left_open() -> None:
+    found = _checked([1.0, None, 2.0], relation="above", value=0.5)  # type: ignore[list-item]
+    assert found["holds"] is None and found["value"] is None and "not known for every seed" in found["text"]
+
+
 def test_a_study_cut_short_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_study("collapse", [*TINY, "arms=[none, switch]"])
     trained: list[tuple[str, str, int]] = []

@@ -14,7 +14,8 @@ from torch import Tensor
 from thermoe.errors import RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.routers.fast_weights import FastWeights
-from thermoe.routers.priced import PricedRouter, open_experts, price_for_pairs
+from thermoe.routers.priced import PricedRouter, price_for_pairs
+from thermoe.routers.selection import open_experts
 from thermoe.routers.topk import TopKRouter
 from thermoe.testing import random_tokens, tiny_moe
 
