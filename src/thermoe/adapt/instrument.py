@@ -7,7 +7,6 @@ before back to the value they had; routers that were attached to a model's own f
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,8 +31,6 @@ from thermoe.telemetry.clock import Clock
 
 #: An event clock is renewed after this long, for its reading loses digits as it grows.
 EVENT_CLOCK_S = 600.0
-#: Whether priced routers hold one price for each phase.
-PRICE_PER_PHASE = "phase" in inspect.signature(PricedRouter.set_price).parameters
 #: Arguments of a model that say how many sequences and positions it was called with, in this order.
 _TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states")
 
@@ -73,7 +70,6 @@ class Instrument:
         self.log = ForwardLog(self.solver.table, len(self.solver.modules))
         self._last: list[RoutingDecision | None] = [None] * len(self.solver.modules)
         self._routers: list[PricedRouter] = []
-        self._pushed: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._events: EventClock | None = None
         self._events_since_s = -math.inf
         self.renew_clock()
@@ -81,8 +77,6 @@ class Instrument:
             self._price_routers(stack, router, needs_price)
             hook = model.register_forward_hook(self._see, with_kwargs=True)
             stack.callback(hook.remove)
-            if not PRICE_PER_PHASE:
-                stack.callback(model.register_forward_pre_hook(self._price_one_phase, with_kwargs=True).remove)
             self._undo = stack.pop_all()
 
     def remove(self) -> None:
@@ -120,16 +114,9 @@ class Instrument:
 
     def push(self, prices: Mapping[Phase, float]) -> None:
         """Give the routers their prices, in nats per joule, by phase."""
-        self._pushed = {phase: price * self.solver.table.unit_j for phase, price in prices.items()}
-        for router in self._routers if PRICE_PER_PHASE else ():
-            for phase in PHASES:
-                router.set_price(self._pushed[phase], phase=phase)  # type: ignore[call-arg]
-
-    def _price_one_phase(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Set the price of the coming forward, for routers that hold a single one."""
-        shape = _shape(args, kwargs)
         for router in self._routers:
-            router.set_price(self._pushed["decode" if shape is not None and shape[1] == 1 else "prefill"])
+            for phase in PHASES:
+                router.set_price(prices[phase] * self.solver.table.unit_j, phase)
 
     # -- seeing forwards ----------------------------------------------------------------------------------------------
 

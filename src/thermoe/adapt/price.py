@@ -6,9 +6,7 @@ is compensated as soon as its rows are in. Where opening costs act, C falls only
 minimum over increasing prices is used throughout.
 
 The search is a grid of 32 geometric prices in one batched pass, then grids of 8 between the two neighbours that enclose
-the target; it begins near the last price where that still encloses the target. Selection depends on u - pi c and on
-pi a alone, so dividing by pi leaves u / pi - c and a: many prices are many groups at price 1, for the same function the
-router calls.
+the target; it begins near the last price where that still encloses the target.
 
 Shape letters: P prices, G groups, N tokens of a group, M rows kept, F forwards kept, E experts, K slots, L layers.
 """
@@ -24,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt.budget import PHASES, Phase
+from thermoe.adapt.choices import Rows, benefit_of, choose_at, couples, k_max_of
 from thermoe.adapt.readings import CostRange
 from thermoe.adapt.steps import Forward
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable
 from thermoe.energy.work import ModelWork
-from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import Routed, routed_modules
 from thermoe.routers.base import Router
-from thermoe.routers.priced import PricedRouter, open_experts
+from thermoe.routers.priced import PricedRouter
 
 #: Prices of the first pass of a search from nothing, and of any other pass.
 GRID, FINE_GRID = 32, 8
@@ -48,23 +46,6 @@ LEAST_GAP = 1e-3
 COUPLED_ROWS = 1024
 #: Most forwards kept per phase, so that gathering their rows stays quick when each is one token.
 MOST_FORWARDS = 512
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Rows of one layer in the groups in which they are routed: (G, N) each, u (G, N, E).
-
-    Args:
-        u: benefits, or for a router without a price whatever has its shape.
-        real: bool, false for padding.
-        forward: number of the forward a row belongs to.
-        weight: tokens a row stands for; above 1 where a forward was too long to be held whole.
-    """
-
-    u: Tensor
-    real: Tensor
-    forward: Tensor
-    weight: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +79,7 @@ class PriceSolver:
         self._count: dict[Phase, int] = dict.fromkeys(PHASES, 0)
         self._found: dict[Phase, float] = {}
         self._ends: dict[Phase, _Ends] = {}
-        self._gathered: dict[tuple[Phase, int], list[_Rows]] = {}
+        self._gathered: dict[tuple[Phase, int], list[Rows]] = {}
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -173,6 +154,9 @@ class PriceSolver:
         if not place:  # the last price is not near
             prices = _geometric(ends.low_price, ends.high_price, GRID)
             place = self._first_that_meets(phase, prices, target_j)
+        if place == 0:  # what a token minds least may be nothing to speak of
+            prices = _geometric(ends.low_price / SPAN, ends.low_price, GRID)
+            place = self._first_that_meets(phase, prices, target_j)
         while place and prices[place] > RESOLUTION * prices[place - 1]:
             prices = _geometric(prices[place - 1], prices[place], FINE_GRID)
             place = self._first_that_meets(phase, prices, target_j)
@@ -196,7 +180,7 @@ class PriceSolver:
 
     def _coupled_anywhere(self, phase: Phase) -> bool:
         routers = (module.router for module in self.modules)
-        return any(isinstance(router, PricedRouter) and _couples(router, phase) for router in routers)
+        return any(isinstance(router, PricedRouter) and couples(router, phase) for router in routers)
 
     def _bounds(self, phase: Phase) -> tuple[float, float]:
         """Return prices between which selection changes: the least benefit that counts, and more than all of them."""
@@ -205,16 +189,22 @@ class PriceSolver:
             router = module.router
             if not isinstance(router, PricedRouter):
                 continue
-            coupled = _couples(router, phase)
+            coupled = couples(router, phase)
             pair, opening = router.pair_cost, router.open_cost * coupled
             gaps = pair.sort().values.diff()
             finest = torch.where(gaps > LEAST_GAP * pair.max(), gaps, math.inf).amin() if len(gaps) else math.inf
             for rows in self._rows(phase, place, coupled):
-                top = rows.u.topk(_k_max(router), -1).values
+                top = rows.u.topk(k_max_of(router), -1).values
+                if router.benefit == "distortion":  # a token's output cannot move further than this
+                    top = torch.full_like(top, 4.0) * router.kappa * router.sensitivity.max()
                 counts = rows.real.unsqueeze(-1) & (top > torch.finfo(top.dtype).tiny)
-                least, best = torch.where(counts, top, math.inf).amin(), torch.where(counts, top, 0).amax()
+                # A probability is at most 1, so that no token to come is worth more than this either.
+                least = torch.where(counts, top, math.inf).amin()
+                best = torch.maximum(torch.where(counts, top, 0).amax(), router.kappa)
                 highs = (1 / _least(pair), 1 / finest, rows.u.shape[1] / _least(opening))
                 high = best * torch.stack([torch.as_tensor(h, device=best.device) for h in highs]).amax()
+                if router.benefit == "distortion":  # and how little matters to it is not known beforehand
+                    least = least / SPAN
                 found.append(torch.stack([least / (pair.max() + opening.max()), high]))
         if not found:
             return 1 / GRID, 1.0
@@ -232,7 +222,7 @@ class PriceSolver:
         tokens = torch.stack([_tokens(forward).to(total.device) for forward in kept]).sum()
         return (self.table.forward_j * len(kept) + total) / tokens.clamp(min=1) + self.table.token_j
 
-    def _layer_j(self, place: int, forwards: int, index: Tensor, used: Tensor, rows: _Rows) -> Tensor:
+    def _layer_j(self, place: int, forwards: int, index: Tensor, used: Tensor, rows: Rows) -> Tensor:
         """Return (P,), the joules of one layer's pairs and openings for a choice ``index`` (P, G, N, K)."""
         experts = rows.u.shape[-1]
         index = index.clamp(max=experts - 1)
@@ -248,13 +238,13 @@ class PriceSolver:
 
     def _choices(
         self, phase: Phase, place: int, prices: Sequence[float] | None
-    ) -> Iterator[tuple[Tensor, Tensor, _Rows]]:
+    ) -> Iterator[tuple[Tensor, Tensor, Rows]]:
         """Yield the experts a layer would choose, (P or 1, G, N, K), which of these slots it uses, and the rows."""
         router = self.modules[place].router
         if isinstance(router, PricedRouter):
-            coupled = _couples(router, phase)
+            coupled = couples(router, phase)
             for rows in self._rows(phase, place, coupled):
-                yield *_select(router, rows, prices, coupled), rows
+                yield *choose_at(router, rows, prices, coupled), rows
             return
         decisions = [forward.decisions[place] for forward in self._kept[phase]]
         index = torch.cat([d.expert_index for d in decisions if d is not None]) if decisions[0] is not None else None
@@ -262,7 +252,7 @@ class PriceSolver:
             assert index is not None
             yield index[None, None], (index < rows.u.shape[-1])[None, None] & rows.real[..., None], rows
 
-    def _rows(self, phase: Phase, place: int, coupled: bool) -> list[_Rows]:
+    def _rows(self, phase: Phase, place: int, coupled: bool) -> list[Rows]:
         """Return the rows of a layer: in one group where each is routed by itself, else by position and batch size."""
         if (phase, place) in self._gathered:
             return self._gathered[phase, place]
@@ -278,7 +268,7 @@ class PriceSolver:
             decisions = [d for _, forward in members if (d := forward.decisions[place]) is not None]
             if not decisions:
                 continue
-            u = _benefit(module, decisions)
+            u = benefit_of(module, decisions)
             sizes = torch.tensor([forward.rows for _, forward in members])
             numbers = torch.tensor([number for number, _ in members]).repeat_interleave(sizes)
             weights = torch.tensor([1 / forward.kept_frac for _, forward in members]).repeat_interleave(sizes)
@@ -292,7 +282,7 @@ class PriceSolver:
                 facts = [_by_position(t, batch, sizes.tolist()) for t in facts]
             else:
                 facts = [t.unsqueeze(0) for t in facts]
-            found.append(_Rows(*facts))
+            found.append(Rows(*facts))
         self._gathered[phase, place] = found
         return found
 
@@ -333,51 +323,9 @@ def _tokens(forward: Forward) -> Tensor:
     return held / forward.kept_frac
 
 
-def _benefit(module: Routed, decisions: Sequence[RoutingDecision]) -> Tensor:
-    """Return u (M, E), what the priced router of ``module`` weighs against its price."""
-    if not isinstance(module.router, PricedRouter):
-        return torch.cat([d.logits[:, : d.num_experts] for d in decisions])
-    scores = getattr(module, "selection_scores", None)  # an attached router ranks by its model's own scores
-    if scores is None:
-        return module.router.kappa * torch.cat([d.probabilities for d in decisions])
-    return module.router.kappa * scores(torch.cat([d.logits for d in decisions]))
-
-
-def _couples(router: PricedRouter, phase: Phase) -> bool:
-    """Whether opening costs act on the choice of the router in this phase."""
-    return router.couples_tokens and not router.batch_invariant and (phase == "decode" or router.group_by_position)
-
-
-def _k_max(router: PricedRouter) -> int:
-    return router.active_top_k or router.top_k
-
-
 def _least(costs: Tensor) -> Tensor:
     """Return the lowest cost above 0, infinite where there is none."""
     return torch.where(costs > 0, costs, math.inf).amin()
-
-
-def _select(router: PricedRouter, rows: _Rows, prices: Sequence[float] | None, coupled: bool) -> tuple[Tensor, Tensor]:
-    """Return the choice of ``router`` at each price: ids (P, G, N, K) and which of these slots are used."""
-    k_max, real = _k_max(router), rows.real.unsqueeze(-1)
-    k_min = min(router.k_min, k_max)
-    if prices is None:
-        index = rows.u.topk(k_max, -1).indices.unsqueeze(0)
-        return index, real.expand_as(index[0]).unsqueeze(0)
-    pair = router.pair_cost
-    u = rows.u / torch.tensor(prices, device=pair.device, dtype=torch.float32).view(-1, 1, 1, 1)
-    r, key = u - pair, u - (pair - pair.min())
-    opened = torch.ones_like(r, dtype=torch.bool)
-    if coupled:
-        groups = u.flatten(0, 1)
-        mask = rows.real.expand(len(prices), *rows.real.shape).flatten(0, 1)
-        one = torch.ones((), device=u.device)
-        found = open_experts(groups, mask, one, pair, router.open_cost, k_min, k_max, router.drop)
-        opened = found.unflatten(0, u.shape[:2]).unsqueeze(2).expand_as(u)
-        key = torch.where(opened, key, torch.finfo(key.dtype).min)
-    index = key.topk(k_max, -1).indices
-    kept = torch.arange(k_max, device=u.device) < k_min
-    return index, ((r.gather(-1, index) > 0) | kept) & opened.gather(-1, index) & real
 
 
 def _geometric(low: float, high: float, count: int) -> list[float]:

@@ -101,6 +101,7 @@ class AdaptiveSession:
         self._controller = BudgetController(self.budget, **{"period_s": window_s, **(control or {})})
         self._meter_given, self._meter = meter, meter
         self._no_sensor: str | None = None
+        self._provenance_sensors: str | None = None
         self._provenance_modelled, self._cost_reason = "estimated", "not chosen yet"
         self._feedback: Feedback = feedback
         self._window_s, self._auto_step, self._on_step, self._solve_every = window_s, auto_step, on_step, solve_every
@@ -126,7 +127,8 @@ class AdaptiveSession:
             if next(routed_modules(self.model), None) is None:
                 stack.callback(attach_router(self.model, verbose=False).detach)
             self._meter = self._opened_meter(stack)
-            energy = self._meter.describe()["energy_j"]
+            described = self._meter.describe()
+            energy, self._provenance_sensors = described["energy_j"], described["power_w"]["provenance"]
             self._no_sensor = None if energy["provenance"] is not None else str(energy["reason"])
             cost, self._cost_reason = self._chosen_cost_model(self._meter)
             self._provenance_modelled = cost.provenance
@@ -151,7 +153,7 @@ class AdaptiveSession:
         assert stack is not None and self._instrument is not None
         with stack:
             if kind is None:
-                self._account(self._instrument.log.take())
+                self._account(self._instrument.log.take(), last=True)
 
     def _opened_meter(self, stack: ExitStack) -> EnergyMeter:
         if self._meter_given is not None:
@@ -211,6 +213,7 @@ class AdaptiveSession:
             targets_j={p: None if (o := self._outputs.get(p)) is None else o.cost_target_j for p in PHASES},
             sensors=self._meter.snapshot(),
             provenance_modelled=self._provenance_modelled,
+            provenance_sensors=self._provenance_sensors,
             t_s=self._meter.clock.now_s(),
         )
         if self._on_step is not None:
@@ -218,12 +221,17 @@ class AdaptiveSession:
         return self.metrics
 
     @property
+    def pending(self) -> int:
+        """Forwards that the next step will count."""
+        return len(self._opened("pending").log)
+
+    @property
     def _held_against(self) -> Literal["measured", "modelled", "nothing"]:
         if self.budget is None or (self._feedback == "measured" and self._no_sensor is not None):
             return "nothing"
         return "measured" if self._feedback != "modelled" and self._no_sensor is None else "modelled"
 
-    def _account(self, counts: list[ForwardCount]) -> list[PhaseWindow]:
+    def _account(self, counts: list[ForwardCount], *, last: bool = False) -> list[PhaseWindow]:
         """Add up work and close a window if one is due."""
         self.tally.add(counts)
         if self._no_sensor is not None:
@@ -232,7 +240,7 @@ class AdaptiveSession:
             self.tally.note_step(counts, self._meter.clock.now_s(), self.prices, self._outputs)
             return []
         self._windows.add(counts)
-        closed = self._windows.close()
+        closed = self._windows.close(last=last)
         self.tally.note_windows(closed, self.prices, self._outputs)
         return closed
 

@@ -280,14 +280,18 @@ class EnergyWindows:
             finished_s = max(count.finished_s, self._work[-1][0])
             self._work.append((finished_s, count.phase, float(count.tokens), count.energy_j))
 
-    def close(self) -> list[PhaseWindow]:
-        """Return the window that has become due, one part per phase that worked in it; nothing when none has."""
+    def close(self, *, last: bool = False) -> list[PhaseWindow]:
+        """Return the window that has become due, one part per phase that worked in it; nothing when none has.
+
+        Args:
+            last: close what there is, however short; below ten steps of the counter it has no joules.
+        """
         clock = self._meter.clock
         now_s = clock.now_s()
         started, ended = self._meter.sampled_edges(self._from_s, now_s)
         used = [d.uuid for d in self._meter.devices if d.kind == "gpu"] or list(started)
         span_s = min((ended[uuid].t_s - started[uuid].t_s for uuid in used), default=0.0)
-        due = span_s >= (1 - SHORT_FRAC) * self.window_s
+        due = span_s >= (1 - SHORT_FRAC) * self.window_s or (last and span_s > 0)
         if not due and now_s - self._from_s < OVERDUE_WINDOWS * self.window_s:
             return []
         if due:

@@ -176,6 +176,7 @@ def step_metrics(
     targets_j: Mapping[Phase, float | None],
     sensors: Mapping[str, float | None],
     provenance_modelled: str,
+    provenance_sensors: str | None,
     t_s: float,
 ) -> dict[str, Any]:
     """Return one flat dictionary of plain numbers and words; unknown is ``None``.
@@ -214,6 +215,7 @@ def step_metrics(
         "provenance_modelled": provenance_modelled,
         "tokens_total": tally.tokens,
         "energy_measured_j": tally.energy.energy_j if tally.energy.provenance is not None else None,
+        "provenance_sensors": provenance_sensors,
         "power_w": sensors.get("power_w"),
         "temp_c": sensors.get("temp_c"),
         "memory_used_bytes": sensors.get("memory_used_bytes"),
