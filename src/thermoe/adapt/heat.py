@@ -2,8 +2,8 @@
 
 The die follows the heat sink, which takes about a minute, so the loop acts at most every 10 s. With the room
 e = (limit - margin) - T its cap moves by k_p de + k_i h e, where k_p = 1 / R, k_i = k_p / tau and R is the thermal
-resistance seen in the first reading against air of 30 C: the closed loop is then about as fast as the heat sink. The
-integral releases three times more slowly than it tightens. The margin is there because a step of the air overshoots.
+resistance against air of 30 C, a slow mean because the sink lags: the closed loop is then about as fast as the sink.
+The integral releases three times more slowly than it tightens. The margin takes the overshoot of a step of the air.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ AIR_C = 30.0
 #: Kelvin below the aim at which the loop engages, and further below which it lets go.
 ENGAGE_K, RELEASE_K = 3.0, 5.0
 RELEASE_SLOWNESS = 3.0
+RESISTANCE_RATE = 0.2
 #: The cap stays within these parts of the power drawn, so that it does not wind up where the power does not follow.
 CAP_LOW, CAP_HIGH = 0.8, 1.1
 #: A cap above this part of the power drawn holds nothing.
@@ -56,14 +57,15 @@ class HeatLoop:
         passed_s = PERIOD_S if self.acted_s is None else min(t_s - self.acted_s, 3 * PERIOD_S)
         room_k = self.limit_c - self.margin_c - self.sum_c / self.count
         self.acted_s, self.sum_c, self.count = t_s, 0.0, 0
+        now = max(temp_c - AIR_C, 5.0) / power_w
+        known = now if self.kelvin_per_watt is None else self.kelvin_per_watt
+        self.kelvin_per_watt = known + RESISTANCE_RATE * (now - known)
         if self.cap_w is None:
             if room_k < ENGAGE_K:
-                self.kelvin_per_watt = max(temp_c - AIR_C, 5.0) / power_w
                 self.cap_w = max(CAP_LOW * power_w, power_w + room_k / self.kelvin_per_watt)
         elif room_k > RELEASE_K and self.cap_w > IDLE_CAP * power_w:
             self.cap_w = None
         else:
-            assert self.kelvin_per_watt is not None
             pull = room_k / (RELEASE_SLOWNESS if room_k > 0 else 1.0)
             move_k = room_k - self.last_room_k + pull * passed_s / SINK_TAU_S
             cap_w = self.cap_w + move_k / self.kelvin_per_watt

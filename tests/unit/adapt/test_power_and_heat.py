@@ -150,11 +150,11 @@ def test_integral_release_is_three_times_slower_than_tightening() -> None:
     moves = {}
     for off_k in (-2.0, 2.0):
         loop = HeatLoop(70.0, 4.0)
-        loop.cap_w, loop.kelvin_per_watt, loop.last_room_k, loop.acted_s = 500.0, 0.05, off_k, 0.0
+        loop.cap_w, loop.last_room_k, loop.acted_s = 500.0, off_k, 0.0
         loop.update(10.0, 66.0 - off_k, 500.0)
-        assert loop.cap_w is not None
-        moves[off_k] = loop.cap_w - 500.0
-    assert moves[-2.0] == pytest.approx(-2.0 / 0.05 / 6)
+        assert loop.cap_w is not None and loop.kelvin_per_watt is not None
+        moves[off_k] = (loop.cap_w - 500.0) * loop.kelvin_per_watt
+    assert moves[-2.0] == pytest.approx(-2.0 / 6)  # 10 s of the 60 s of the heat sink
     assert moves[2.0] == pytest.approx(-moves[-2.0] / 3)
 
 
