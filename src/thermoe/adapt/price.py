@@ -42,8 +42,11 @@ NEAR = 1.5
 SPAN = 1e7
 #: Costs of two experts closer than this, relative to the dearest, are not told apart by any price.
 LEAST_GAP = 1e-3
-#: Most rows kept of a phase in which opening costs act: there each price takes a pass over all experts in turn.
-COUPLED_ROWS = 1024
+#: Costs closer than this are the same, as far as sums in float32 tell.
+SAME_REL = 1e-6
+#: Most rows kept of a phase in which opening costs act, on a GPU and on the CPU: there each row takes a pass over all
+#: experts in turn, at each price.
+COUPLED_ROWS, COUPLED_ROWS_CPU = 1024, 256
 #: Most forwards kept per phase, so that gathering their rows stays quick when each is one token.
 MOST_FORWARDS = 512
 
@@ -68,7 +71,7 @@ class PriceSolver:
         model: a model with routed modules.
         cost_model: the joules of work.
         work: the work of ``model``; its layers are the routed modules in order.
-        rows: rows kept per phase; at most `COUPLED_ROWS` where opening costs act.
+        rows: rows kept per phase; fewer where opening costs act (`COUPLED_ROWS`).
     """
 
     def __init__(self, model: nn.Module, cost_model: CostModel, work: ModelWork, *, rows: int = 4096) -> None:
@@ -100,7 +103,9 @@ class PriceSolver:
     def keep(self, forward: Forward) -> None:
         """Keep the rows of ``forward``, and let go of the oldest beyond ``rows``; reads nothing."""
         phase, kept = forward.phase, self._kept[forward.phase]
-        limit = min(self._limit, COUPLED_ROWS) if self._coupled_anywhere(phase) else self._limit
+        limit = self._limit
+        if self._coupled_anywhere(phase):
+            limit = min(limit, COUPLED_ROWS if forward.device.type == "cuda" else COUPLED_ROWS_CPU)
         if forward.rows > limit:
             forward = forward.tail(limit)
         if kept and _layout(kept[-1]) != _layout(forward):  # other layers ran: the old rows say nothing of these
@@ -134,14 +139,14 @@ class PriceSolver:
     def price_for(self, phase: Phase, cost_target_j: float) -> float:
         """Return the lowest price, in nats/J, at which the modelled cost is at most ``cost_target_j`` J/token.
 
-        0 at or above the cost at price 0 and before anything was observed; below the lowest cost the finite price at
-        which every token keeps k_min experts and nothing optional is open.
+        0 at or above the cost at price 0 and before anything was observed; at or below the lowest cost the finite price
+        at which every token keeps k_min experts and nothing optional is open, tokens to come included.
         """
         ends = self._ends_of(phase)
         if ends is None or cost_target_j >= ends.zero_j:
             return 0.0
         price = ends.high_price
-        if cost_target_j >= ends.low_j:
+        if cost_target_j > (1 + SAME_REL) * ends.low_j:
             price = self._found[phase] = self._search(phase, ends, cost_target_j)
         return price / self.table.unit_j
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -26,9 +26,9 @@ from thermoe.adapt.budget import PHASES, Budget, Phase
 from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.instrument import Instrument
 from thermoe.adapt.price import range_alone
-from thermoe.adapt.readings import ControlOutput, ControlReading
-from thermoe.adapt.steps import EnergyWindows, ForwardCount, PhaseWindow
-from thermoe.adapt.tally import Tally, millijoules, step_metrics, text_report
+from thermoe.adapt.readings import ControlOutput, ControlReading, CostRange
+from thermoe.adapt.steps import EnergyWindows, ForwardCount, PhaseWindow, modelled_reading
+from thermoe.adapt.tally import Tally, millijoule_span, step_metrics, text_report
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.profile import cost_model_of
 from thermoe.errors import CheckpointError, ConfigError, TelemetryError, UnknownNameError
@@ -37,8 +37,10 @@ from thermoe.moe.layer import routed_modules
 from thermoe.telemetry.meter import EnergyMeter
 
 Feedback = Literal["auto", "measured", "modelled"]
-FEEDBACKS: tuple[Feedback, ...] = ("auto", "measured", "modelled")
+FEEDBACKS: tuple[Feedback, ...] = get_args(Feedback)
 STATE_VERSION = 1
+#: Most time that searches for the price may take: those after a window, and those in between.
+WINDOW_SHARE, SEARCH_SHARE = 0.25, 0.05
 _NO_FORWARD = "no forward of this phase was counted yet"
 _Given = Budget | float | str | Mapping[str, Any] | None
 
@@ -56,7 +58,8 @@ class AdaptiveSession:
         window_s: length of a window of the sensor, in seconds; at least two periods of the sampler.
         auto_step: take a step after so many forwards, for work that leaves no room for one, such as `generate`.
         on_step: called with the metrics of each step.
-        solve_every: steps from one search for the price to the next; a new window or budget searches at once.
+        solve_every: steps from one search for the price to the next; a new window or budget searches at once. Where
+            a search is slow it waits, so that searches take no more than 5 % of the time, or 25 % after windows.
         router: options of the priced routers that are put in, such as ``{"k_min": 2}``.
         control: options of `BudgetController`, such as ``{"law": "dual", "price_max": 5.0}``.
 
@@ -111,6 +114,8 @@ class AdaptiveSession:
         self.tally = Tally()
         self._outputs: dict[Phase, ControlOutput] = {}
         self._since_solved: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+        self._searched: dict[Phase, tuple[float, float, int]] = {}
+        self._costs: dict[Phase, CostRange] = {}
         self._stack: ExitStack | None = None
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
@@ -130,7 +135,9 @@ class AdaptiveSession:
             described = self._meter.describe()
             energy, self._provenance_sensors = described["energy_j"], described["power_w"]["provenance"]
             self._no_sensor = None if energy["provenance"] is not None else str(energy["reason"])
-            cost, self._cost_reason = self._chosen_cost_model(self._meter)
+            cost, self._cost_reason = self._cost_model, "given"
+            if cost is None:
+                cost, self._cost_reason = cost_model_of(self.model, self._meter)
             self._provenance_modelled = cost.provenance
             self._instrument = Instrument(
                 self.model,
@@ -143,6 +150,7 @@ class AdaptiveSession:
             stack.callback(self._instrument.remove)
             self._instrument.push(self.prices)
             self._windows = EnergyWindows(self._meter, self._window_s)
+            self._searched, self._costs, self._outputs = {}, {}, {}
             self._stack = stack.pop_all()
         return self
 
@@ -161,11 +169,6 @@ class AdaptiveSession:
         devices = {p.device for p in self.model.parameters()}
         boards = [torch.cuda.get_device_properties(device) for device in devices if device.type == "cuda"]
         return stack.enter_context(EnergyMeter(devices=boards or "cpu"))
-
-    def _chosen_cost_model(self, meter: EnergyMeter) -> tuple[CostModel, str]:
-        if self._cost_model is not None:
-            return self._cost_model, f"given ({self._cost_model.basis})"
-        return cost_model_of(self.model, meter)
 
     def _after_forward(self) -> None:
         if self._auto_step is not None and len(self._opened("step").log) >= self._auto_step:
@@ -192,12 +195,14 @@ class AdaptiveSession:
         closed = self._account(counts)
         readings = {part.phase: part.reading() for part in closed} if self._held_against == "measured" else {}
         if self._held_against == "modelled":
-            readings = {phase: self._modelled_reading(phase, counts) for phase in {count.phase for count in counts}}
+            now_s, why = self._meter.clock.now_s(), self._no_sensor or "feedback is modelled"
+            for phase in {count.phase for count in counts}:
+                readings[phase] = modelled_reading(phase, counts, t_s=now_s, window_s=self._window_s, reason=why)
         for phase in PHASES:
             self._since_solved[phase] += any(count.phase == phase for count in counts)
-            due = self._since_solved[phase] >= self._solve_every or (phase not in self._outputs)
-            if phase in readings or due:
-                self._control(instrument, phase, readings.get(phase))
+            window = phase in readings and self._held_against == "measured"
+            if window or phase not in self._outputs or self._since_solved[phase] >= self._solve_every:
+                self._control(instrument, phase, readings.get(phase), WINDOW_SHARE if window else SEARCH_SHARE)
         instrument.push(self.prices)
         instrument.renew_clock()
         self.tally.steps += 1
@@ -244,37 +249,37 @@ class AdaptiveSession:
         self.tally.note_windows(closed, self.prices, self._outputs)
         return closed
 
-    def _modelled_reading(self, phase: Phase, counts: list[ForwardCount]) -> ControlReading:
-        assert self._meter is not None
-        tokens = sum(count.tokens for count in counts if count.phase == phase)
-        spent_j = sum(count.energy_j for count in counts if count.phase == phase)
-        return ControlReading(
-            phase=phase,
-            t_s=self._meter.clock.now_s(),
-            window_s=self._window_s,
-            tokens=tokens,
-            status="modelled",
-            reason=self._no_sensor or "feedback is modelled",
-            cost_j=spent_j / tokens if tokens else None,
-        )
+    def _control(self, instrument: Instrument, phase: Phase, reading: ControlReading | None, share: float) -> None:
+        """Ask the controller what a phase may cost, and the solver for the price of that.
 
-    def _control(self, instrument: Instrument, phase: Phase, reading: ControlReading | None) -> None:
-        """Ask the controller what a phase may cost, and the solver for the price of that."""
-        costs = instrument.solver.cost_range(phase) if self._held_against != "nothing" else None
+        Args:
+            instrument: of the model.
+            phase: of the work.
+            reading: a new window of it, or ``None``.
+            share: most time that searches for the price may take; the last price stays in force until then.
+        """
+        if self._held_against == "nothing" or self._meter is None:
+            return
+        clock, solver = self._meter.clock, instrument.solver
+        began_s = clock.now_s()
+        ended_s, took_s, rows = self._searched.get(phase, (began_s, 0.0, 0))
+        searches = solver.rows(phase) >= 2 * rows or began_s - ended_s >= took_s * (1 / share - 1)
+        costs = solver.cost_range(phase) if searches else self._costs.get(phase)
         if costs is None:
             return
-        self._since_solved[phase] = 0
-        if reading is not None:
-            output = self._controller.update(reading, costs)
-        else:
+        self._costs[phase] = costs
+        if reading is None:
             output = self._controller.output(phase, costs)
-        self._outputs[phase] = output
-        if output.price is not None:
-            self.prices[phase] = output.price
-        elif output.cost_target_j is None:
-            self.prices[phase] = 0.0
         else:
-            self.prices[phase] = instrument.solver.price_for(phase, output.cost_target_j)
+            output = self._controller.update(reading, costs)
+        self._outputs[phase] = output
+        if searches:
+            self._since_solved[phase] = 0
+            if output.price is not None or output.cost_target_j is None:
+                self.prices[phase] = output.price or 0.0
+            else:
+                self.prices[phase] = solver.price_for(phase, output.cost_target_j)
+            self._searched[phase] = clock.now_s(), clock.now_s() - began_s, solver.rows(phase)
 
     def state_of(self, phase: Phase) -> tuple[str, str]:
         """Return the state of a phase and the reason, in a sentence."""
@@ -301,8 +306,8 @@ class AdaptiveSession:
         self.prices, self._outputs = dict.fromkeys(PHASES, 0.0), {}
         if self._stack is not None and self._instrument is not None:
             for phase in PHASES:
-                self._control(self._instrument, phase, None)
-            self._instrument.push(self.prices)
+                self._control(self._instrument, phase, None, share=1.0)
+        self._push()
 
     def set_price(self, price: float, phase: Phase | None = None) -> None:
         """Fix the price, in nats per joule, of a phase or of both; for sweeps, and without a budget only.
@@ -320,8 +325,7 @@ class AdaptiveSession:
             )
         for name in PHASES if phase is None else (phase,):
             self.prices[name] = float(price)
-        if self._stack is not None and self._instrument is not None:
-            self._instrument.push(self.prices)
+        self._push()
 
     def _parsed(self, budget: _Given) -> Budget | None:
         if budget is None:
@@ -331,15 +335,23 @@ class AdaptiveSession:
         except ConfigError:
             return Budget.parse(budget, feasible=self.feasible())
 
+    def _push(self) -> None:
+        if self._stack is not None and self._instrument is not None:
+            self._instrument.push(self.prices)
+
     def feasible(self) -> str | None:
         """Return in words what this model can be held to, in J/token by the cost model; ``None`` where it cannot."""
         if self._instrument is not None:
             known = {phase: self._instrument.solver.cost_range(phase) for phase in PHASES}
-            told = [f"about {_span(c.low_j, c.high_j)} at {phase}" for phase, c in known.items() if c is not None]
+            told = [
+                f"about {millijoule_span(c.low_j, c.high_j)} at {phase}" for phase, c in known.items() if c is not None
+            ]
             if told:
                 return f"{', '.join(told)} ({self._provenance_modelled})"
         found = range_alone(self.model, self._cost_model or CostModel.prior())
-        return found and f"about {_span(*found)} at decode of one sequence (estimated), less of several together"
+        return (
+            found and f"about {millijoule_span(*found)} at decode of one sequence (estimated), less of several together"
+        )
 
     def _opened(self, name: str) -> Instrument:
         if self._stack is None or self._instrument is None:
@@ -391,9 +403,4 @@ class AdaptiveSession:
         self.tally, self.budget = tally, self._controller.budget
         self.prices = {phase: float(state["prices"][phase]) for phase in PHASES}
         self._outputs = {}
-        if self._stack is not None and self._instrument is not None:
-            self._instrument.push(self.prices)
-
-
-def _span(low_j: float, high_j: float) -> str:
-    return f"{1e3 * low_j:.3g} to {millijoules(high_j)}"
+        self._push()

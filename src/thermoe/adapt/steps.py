@@ -66,6 +66,11 @@ class Forward:
         batch, length = shape if shape is not None and shape[0] * shape[1] == rows else (1, rows)
         return cls("decode" if length == 1 else "prefill", batch, rows, held)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the decision of the first module that ran is."""
+        return next(d.expert_index.device for d in self.decisions if d is not None)
+
     def tail(self, rows: int) -> Forward:
         """Return a copy of the last whole sequences that fit into ``rows``, or of the end of the last one."""
         length = self.rows // self.batch_size
@@ -161,8 +166,7 @@ class ForwardLog:
         self._held, self._held_rows = [], 0
 
     def _count(self, forwards: Sequence[Forward]) -> Tensor:
-        first = next(d for d in forwards[0].decisions if d is not None)
-        device = first.expert_index.device
+        device = forwards[0].device
         counts = torch.zeros(len(forwards), *self._shape, device=device)
         for layer, decision in enumerate(forwards[0].decisions):
             if decision is None:
@@ -255,6 +259,23 @@ class PhaseWindow:
             "provenance": self.window.provenance,
             "reason": self.window.reason,
         }
+
+
+def modelled_reading(
+    phase: Phase, counts: Iterable[ForwardCount], *, t_s: float, window_s: float, reason: str
+) -> ControlReading:
+    """Return what the controller gets of a phase where the model stands in for a sensor."""
+    own = [count for count in counts if count.phase == phase]
+    tokens, spent_j = sum(count.tokens for count in own), sum(count.energy_j for count in own)
+    return ControlReading(
+        phase=phase,
+        t_s=t_s,
+        window_s=window_s,
+        tokens=tokens,
+        status="modelled",
+        reason=reason,
+        cost_j=spent_j / tokens if tokens else None,
+    )
 
 
 class EnergyWindows:

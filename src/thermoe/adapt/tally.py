@@ -229,6 +229,11 @@ def millijoules(value_j: float | None) -> str:
     return "not measured" if value_j is None else f"{1e3 * value_j:.4g} mJ/token"
 
 
+def millijoule_span(low_j: float, high_j: float) -> str:
+    """Return a range of joules per token for people."""
+    return f"{1e3 * low_j:.3g} to {millijoules(high_j)}"
+
+
 def text_report(
     tally: Tally,
     *,

@@ -197,7 +197,10 @@ def test_the_ends_of_the_range() -> None:
     assert 0 < most < float("inf")
     assert solver.cost_at("decode", most) == pytest.approx(costs.low_j, rel=1e-6)
     assert solver.cost_at("decode", 1e6 * most) == pytest.approx(costs.low_j, rel=1e-6)
-    assert solver.cost_at("decode", solver.price_for("decode", costs.low_j)) == pytest.approx(costs.low_j, rel=1e-6)
+    assert solver.price_for("decode", costs.low_j) == most
+    assert solver.cost_at("decode", solver.price_for("decode", 1.0001 * costs.low_j)) == pytest.approx(
+        costs.low_j, rel=1e-3
+    )
     push(model, most * solver.table.unit_j)
     run(model, None, "decode", torch.randn(4, 1, HIDDEN))
     for _, module in routed_modules(model):
@@ -231,11 +234,11 @@ def test_a_target_between_the_grid_points_is_met_closely() -> None:
         for share in (0.2, 0.4, 0.6, 0.8):
             target = costs.low_j + share * (costs.high_j - costs.low_j)
             reached = solver.cost_at("decode", solver.price_for("decode", target))
-            assert reached == pytest.approx(target, rel=0.01)
+            assert reached == pytest.approx(target, rel=0.02)
             again = solver.cost_at(
                 "decode", solver.price_for("decode", target)
             )  # from the last price, not from nothing
-            assert again == pytest.approx(target, rel=0.01)
+            assert again == pytest.approx(target, rel=0.02)
 
 
 def test_only_the_last_rows_are_kept() -> None:

@@ -20,6 +20,7 @@ from thermoe.energy.work import ModelWork
 from thermoe.errors import CheckpointError, ConfigError, RoutingError, TelemetryError, UnknownNameError
 from thermoe.moe.layer import routed_modules
 from thermoe.routers.priced import PricedRouter
+from thermoe.telemetry.clock import VirtualClock
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
 
 IDS = random_tokens(3, 12)
@@ -31,7 +32,8 @@ MODELS = pytest.mark.parametrize("kind", ["topk", "priced", "mixtral", "mixtral,
 
 @pytest.fixture
 def meter() -> EnergyMeter:
-    return EnergyMeter(telemetry="off")
+    """Return a meter without a sensor, on a clock that stands still, so that no search for a price is ever too slow."""
+    return EnergyMeter(telemetry="off", clock=VirtualClock())
 
 
 def tiny_mixtral() -> Any:
@@ -452,3 +454,28 @@ def test_detach_after_a_session_finds_the_own_routers(meter: EnergyMeter) -> Non
         logits(model)
     with pytest.raises(RoutingError, match="no attached router"):
         detach_router(model)
+
+
+def test_a_slow_search_waits_its_turn(meter: EnergyMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("topk")
+    clock = VirtualClock()
+    own = EnergyMeter(telemetry="off", clock=clock)
+    with AdaptiveSession(model, 0.9, meter=own, cost_model=COST, solve_every=1) as session:
+        solver, searches = session._instrument.solver, []  # type: ignore[union-attr]
+        price_for = solver.price_for
+
+        def slow(phase: Any, target: float) -> float:
+            searches.append(clock.now_s())
+            clock.sleep_s(1.0)
+            return price_for(phase, target)
+
+        monkeypatch.setattr(solver, "price_for", slow)
+        for seed in range(120):
+            logits(model, random_tokens(6, 1, seed=seed))
+            clock.sleep_s(0.5)
+            session.step()
+        # At 6, 12, ... 192 rows, then every 20 s at most: 5 % of the time.
+        late = [t_s for t_s in searches if t_s > clock.now_s() - 40]
+        assert 7 <= len(searches) <= 10 and len(late) <= 3
+        session.set_budget(0.8)
+        assert searches[-1] >= clock.now_s() - 1.5  # a new budget is not kept waiting
