@@ -168,12 +168,13 @@ def test_a_step_is_answered_in_15_windows_and_never_in_more_than_20(scenario: An
     assert median <= 15 and most <= 20
 
 
+@pytest.mark.parametrize("delay", range(3))
 @pytest.mark.parametrize("why", ["the budget was too small", "the work was too dear"])
-def test_an_infeasible_budget_is_reported_and_left_again_without_windup(why: str) -> None:
+def test_an_infeasible_budget_is_reported_and_left_again_without_windup(why: str, delay: int) -> None:
     counts = []
     for seed in SEEDS:
         small = why == "the budget was too small"
-        plant = _plant(0.3 if small else LOW, seed=seed)
+        plant = _plant(0.3 if small else LOW, seed=seed, delay=delay)
         plant.level = 1.0 if small else 2.2
         plant.run(150)
         assert plant.states[-1] == "INFEASIBLE" and plant.states[20:].count("INFEASIBLE") >= 125

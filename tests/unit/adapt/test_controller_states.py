@@ -354,6 +354,52 @@ def test_a_slope_far_from_the_modelled_one_is_clamped() -> None:
         assert estimate.interval()[0] <= slope <= estimate.interval()[1] and not estimate.lacks_authority()
 
 
+def test_a_reading_that_lags_behind_its_cost_does_not_flatten_the_slope() -> None:
+    answers: dict[int, float] = {}
+    for delay in (0, 2):
+        estimate = SlopeEstimate(delay_windows=delay)
+        costs = [0.3 if (window // 7) % 2 else 0.7 for window in range(100)]
+        for window, cost in enumerate(costs):
+            estimate.observe(cost, 3.0 + costs[max(0, window - 2)], 1.0)
+        answers[delay] = sum(estimate.interval()) / 2
+    assert answers[2] == pytest.approx(1.0, abs=0.05)
+    assert answers[0] < 0.7  # the control: without the wait it would
+
+
+def test_a_disturbance_is_not_taken_for_noise() -> None:
+    estimate = SlopeEstimate()
+    draw = random.Random(0)
+    for _ in range(60):
+        estimate.observe(0.5, 1.0 + 0.03 * draw.gauss(0, 1), 1.0)
+    before = estimate.noise_sd
+    assert before == pytest.approx(0.03, rel=0.3)
+    estimate.observe(0.5, 1.5, 1.0)
+    assert estimate.noise_sd / 1.5 < 1.1 * before
+
+
+def test_what_happens_in_missing_windows_teaches_nothing_about_the_slope() -> None:
+    """The budget and the plant change while the sensor is away; the readings before and after do not make a pair."""
+    plant = _tracking(part=0.9, windows=40, noise=0.0, quantum_j=0.0, delay=0)
+    assert plant.output is not None
+    before = plant.output.loops["j_per_token"].slope
+    plant.step(j_per_token=None)
+    plant.controller.set_budget(Budget(j_per_token=0.6 * FULL_J))
+    plant.extra = 0.3
+    plant.start()
+    plant.step(j_per_token=None)
+    after = plant.step().loops["j_per_token"].slope
+    assert after == before
+    assert plant.step().loops["j_per_token"].slope == before
+
+
+def test_at_the_floor_the_limit_that_cannot_be_held_is_the_one_that_is_named() -> None:
+    controller = BudgetController(Budget(j_per_token=0.01, power_w=100))
+    for window in range(30):
+        output = controller.update(_reading(window, j=0.01, cost_j=0.01, power_w=150), COSTS)
+    assert output.loops["j_per_token"].state == "TRACKING"
+    assert (output.state, output.binding, output.cost_target_j) == ("INFEASIBLE", "power_w", 0.01)
+
+
 def test_a_change_of_budget_keeps_what_is_known_and_a_dropped_limit_is_forgotten() -> None:
     plant = _tracking(windows=60)
     controller = plant.controller
