@@ -34,6 +34,7 @@ from torch import Tensor
 from thermoe.errors import RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.routers.base import ROUTERS
+from thermoe.routers.fused_selection import ROWS_PER_GROUP, can_fuse, select_by_distortion
 from thermoe.routers.selection import DropPass, close_by_distortion, drop_by_distortion, open_experts, take_open
 from thermoe.routers.topk import TopKRouter
 
@@ -201,23 +202,64 @@ class PricedRouter(TopKRouter):
         k_min = min(self.k_min, k_max)
         grouped = self.group_by_position or context.is_decode
         price = self.price if grouped else self.prefill_price
-        benefit = probabilities.clamp(min=0) if self.benefit == "distortion" else self.kappa * probabilities
-        if self.couples_tokens and grouped and not self.batch_invariant and k_max:
-            opened = self._opened_by_group(benefit, price, context, k_min, k_max)
-        else:
-            opened = torch.ones_like(benefit, dtype=torch.bool)
+        coupled = self.couples_tokens and grouped and not self.batch_invariant and k_max > 0
+        choose = self._by_distortion if self.benefit == "distortion" else self._by_gate
+        priced = choose(logits, probabilities, baseline, price, context if coupled else None, k_min, k_max)
+        return self._limit(torch.where(price > 0, priced, baseline), probabilities, context)
+
+    def _by_gate(
+        self,
+        logits: Tensor,
+        probabilities: Tensor,
+        baseline: Tensor,
+        price: Tensor,
+        coupling: RoutingContext | None,
+        k_min: int,
+        k_max: int,
+    ) -> Tensor:
+        u = self.kappa * probabilities
+        opened = torch.ones_like(u, dtype=torch.bool)
+        if coupling is not None:
+            groups, real = coupling.by_position(u), coupling.by_position(coupling.real(u))
+            opened_GE = open_experts(groups, real, price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
+            opened = _of_tokens(opened_GE, coupling)
+        r, key = u - price * self.pair_cost, u - price * (self.pair_cost - self.pair_cost.min())
         # In the order of the logits, which differ where probabilities are equal in float32 or underflow to 0.
         first = logits.argsort(dim=-1, descending=True, stable=True)
-        r, key = benefit - price * self.pair_cost, benefit - price * (self.pair_cost - self.pair_cost.min())
-        if self.benefit == "distortion":  # an open expert is taken first, and given up where it is not worth a pair
-            r, key = torch.ones_like(r), logits
         key, r, opened = (values.gather(-1, first) for values in (key, r, opened))
         index, keep = take_open(key, r, opened, k_min, k_max)
-        priced = torch.where(keep, first.gather(-1, index), self.num_experts)
-        if self.benefit == "distortion":
-            weight = self.kappa * self.sensitivity
-            priced = drop_by_distortion(priced, benefit, baseline, price * self.pair_cost, weight, k_min)
-        return self._limit(torch.where(price > 0, priced, baseline), probabilities, context)
+        return torch.where(keep, first.gather(-1, index), self.num_experts)
+
+    def _by_distortion(
+        self,
+        logits: Tensor,
+        probabilities: Tensor,
+        baseline: Tensor,
+        price: Tensor,
+        coupling: RoutingContext | None,
+        k_min: int,
+        k_max: int,
+    ) -> Tensor:
+        p = probabilities.clamp(min=0)
+        if self.drop == "none":  # what is never closed is open to all
+            coupling = None
+        groups = -(-len(p) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
+        if can_fuse(p, groups, k_max):
+            mask = None if coupling is None else coupling.padding_mask
+            costs, protect = (self.pair_cost, self.open_cost, self.sensitivity), self.drop == "phase2"
+            return select_by_distortion(
+                p, logits, mask, price, self.kappa, *costs, groups, k_min, k_max, coupling is not None, protect
+            )
+        weight = self.kappa * self.sensitivity
+        index = logits.topk(k_max, -1).indices
+        if coupling is not None:
+            groups_GNE, real = coupling.by_position(p), coupling.by_position(coupling.real(p))
+            opened = close_by_distortion(groups_GNE, real, price * self.open_cost, weight, k_min, k_max, self.drop)
+            ranked = torch.where(_of_tokens(opened, coupling), logits, -torch.inf)
+            # Stable, as torch.topk is not: what is closed comes last.
+            index = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]
+            index = torch.where(ranked.gather(-1, index) > -torch.inf, index, self.num_experts)
+        return drop_by_distortion(index, p, baseline, price * self.pair_cost, weight, k_min)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load, and know again on the host whether an opening cost is above 0."""
@@ -226,18 +268,10 @@ class PricedRouter(TopKRouter):
         if loaded is not None and not loaded.is_meta:
             self.couples_tokens = bool((loaded > 0).any())
 
-    def _opened_by_group(
-        self, benefit_TE: Tensor, price: Tensor, context: RoutingContext, k_min: int, k_max: int
-    ) -> Tensor:
-        """Return bool (T, E): what the group of each token opened; a group is one position of every sequence."""
-        batch, length = context.batch_size, context.sequence_length
-        groups, real = context.by_position(benefit_TE), context.by_position(context.real(benefit_TE))
-        if self.benefit == "distortion":
-            weight = self.kappa * self.sensitivity
-            opened_GE = close_by_distortion(groups, real, price * self.open_cost, weight, k_min, k_max, self.drop)
-        else:
-            opened_GE = open_experts(groups, real, price, self.pair_cost, self.open_cost, k_min, k_max, self.drop)
-        return opened_GE.unsqueeze(0).expand(batch, -1, -1).reshape(batch * length, self.num_experts)
+
+def _of_tokens(opened_GE: Tensor, context: RoutingContext) -> Tensor:
+    """Return bool (T, E): what the group of each token opened; a group is one position of every sequence."""
+    return opened_GE.unsqueeze(0).expand(context.batch_size, -1, -1).flatten(0, 1)
 
 
 def price_for_pairs(probabilities: Sequence[Tensor], *, k_min: int, k_max: int, pairs_frac: float) -> float:

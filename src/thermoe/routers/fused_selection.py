@@ -1,0 +1,84 @@
+"""Selection by distortion in one kernel launch, on GPUs with Triton; `selection.py` says what is computed.
+
+A chain of small kernels would take longer at decode than the expert layer whose joules it is to save. The kernel is a
+custom operator, opaque to `torch.compile`. Which groups it takes follows from shapes alone.
+
+Shape letters: T tokens, E experts, K slots, G groups, N tokens of a group.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from thermoe.routers import selection
+
+HAS_TRITON = find_spec("triton") is not None
+#: Most experts, slots, and scores of a group that one program holds.
+MAX_EXPERTS, MAX_SLOTS, MAX_SCORES = 128, 8, 8192
+#: Rows by themselves are put into groups of this many.
+ROWS_PER_GROUP = 16
+
+
+def can_fuse(scores: Tensor, groups: int, k_max: int) -> bool:
+    """Return whether the kernel takes scores (T, E) in so many groups."""
+    if not (scores.is_cuda and HAS_TRITON and scores.dtype == torch.float32 and k_max):
+        return False
+    experts, tokens = scores.shape[-1], -(-scores.shape[0] // max(1, groups))
+    return (
+        experts <= MAX_EXPERTS and k_max <= MAX_SLOTS and 0 < _power_of_2(tokens) * _power_of_2(experts) <= MAX_SCORES
+    )
+
+
+def _power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+@torch.library.custom_op("thermoe::select_by_distortion", mutates_args=())
+def select_by_distortion(
+    p: Tensor,
+    logits: Tensor,
+    real: Tensor | None,
+    price: Tensor,
+    kappa: Tensor,
+    pair_cost: Tensor,
+    open_cost: Tensor,
+    sensitivity: Tensor,
+    groups: int,
+    k_min: int,
+    k_max: int,
+    coupled: bool,
+    protect: bool,
+) -> Tensor:
+    """Return ids int64 (T, K) of the priced choice, E for none.
+
+    Args:
+        p: float32 (T, E), the router's probabilities, at least 0; token n of group g is row n * G + g.
+        logits: float32 (T, E), which order a token's experts.
+        real: bool (T,), false for padding, or ``None``.
+        price: scalar.
+        kappa: scalar, on the sensitivities.
+        pair_cost: (E,).
+        open_cost: (E,).
+        sensitivity: (E,).
+        groups: G.
+        k_min: experts a token keeps.
+        k_max: K.
+        coupled: whether opening costs act.
+        protect: whether the k_min best experts of a token stay open.
+    """
+    from thermoe.routers.kernels.select import select
+
+    return select(
+        p.contiguous(), logits.contiguous(), None if real is None else real.contiguous(), price, kappa, pair_cost,
+        open_cost, sensitivity, groups, k_min, k_max, coupled, protect, selection.ROUNDS, selection.SHARE,
+    )  # fmt: skip
+
+
+@select_by_distortion.register_fake
+def _(p: Tensor, logits: Tensor, real: Tensor | None, price: Tensor, kappa: Tensor, pair_cost: Tensor,
+      open_cost: Tensor, sensitivity: Tensor, groups: int, k_min: int, k_max: int, coupled: bool,
+      protect: bool) -> Tensor:  # fmt: skip
+    return p.new_empty((p.shape[0], k_max), dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Triton kernels of routers; imported once they run."""
