@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thermoe import AdaptiveSession, EnergyMeter
+from thermoe import AdaptiveSession, CostModel, EnergyMeter, set_router
 from thermoe.testing import random_tokens, tiny_moe
 
 pytestmark = [
@@ -52,3 +52,25 @@ def test_a_budget_acts_and_leaving_restores_every_bit() -> None:
             session.step()
         assert session.tally.phases["decode"].forwards == 6
         assert torch.equal(model(step).logits, before)
+
+
+@pytest.mark.parametrize("benefit", ["gate", "distortion"])
+@pytest.mark.parametrize(("batch", "length"), [(8, 1), (1, 1), (2, 9)])
+def test_the_cost_of_a_price_is_that_of_the_routing_it_leads_to(benefit: str, batch: int, length: int) -> None:
+    model = tiny_moe(num_experts=8, top_k=4, layers=[1]).to("cuda")  # one layer, so that no price changes what it sees
+    set_router(model, "priced", benefit=benefit)
+    cost = CostModel.prior()
+    with AdaptiveSession(model, meter=EnergyMeter(telemetry="off"), cost_model=cost) as session, torch.no_grad():
+        rows = [random_tokens(batch, length, seed=seed).cuda() for seed in range(6)]
+        for ids in rows:
+            model(ids)
+        session.step()
+        solver, phase = session._instrument.solver, "decode" if length == 1 else "prefill"  # type: ignore[union-attr]
+        unit = solver.table.unit_j
+        expected = {price: solver.cost_at(phase, price / unit) for price in (0.0, 1e-3, 0.01, 0.1, 1.0)}  # type: ignore[arg-type]
+        for price, modelled in expected.items():
+            session.set_price(price / unit)
+            for ids in rows:
+                model(ids)
+            assert session.step()["j_per_token_modelled"] == pytest.approx(modelled, rel=1e-4)
+        assert len(set(expected.values())) >= 3

@@ -17,6 +17,7 @@ from torch import Tensor
 from thermoe.adapt.budget import Phase
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import Routed
+from thermoe.routers.fused_selection import ROWS_PER_GROUP, can_fuse, select_by_distortion
 from thermoe.routers.priced import PricedRouter
 from thermoe.routers.selection import close_by_distortion, drop_by_distortion, open_experts
 
@@ -95,6 +96,11 @@ def _by_distortion(
 ) -> tuple[Tensor, Tensor]:
     count, weight = len(prices), router.kappa * router.sensitivity
     groups, tokens, experts = rows.u.shape
+    if router.drop == "none":  # what is never closed is open to all
+        coupled = False
+    launched = groups if coupled else -(-groups * tokens // ROWS_PER_GROUP)
+    if can_fuse(rows.u.flatten(0, 1), launched, k_max):
+        return _by_kernel(router, rows, prices, coupled, k_min, k_max, launched)
     p_GNE, opened = _repeat(rows.u, count), None
     own = p_GNE.topk(k_max, -1).indices
     index = own
@@ -108,6 +114,21 @@ def _by_distortion(
     flat = index.flatten(0, 1), p_GNE.flatten(0, 1), own.flatten(0, 1)
     index = drop_by_distortion(flat[0], flat[1], flat[2], pair_price, weight, k_min)
     index = index.view(count, groups, tokens, k_max)
+    return index, index < experts
+
+
+def _by_kernel(
+    router: PricedRouter, rows: Rows, prices: Tensor, coupled: bool, k_min: int, k_max: int, launched: int
+) -> tuple[Tensor, Tensor]:
+    """Choose by distortion in one kernel launch a price; it has token n of group g in row n * G + g."""
+    groups, tokens, experts = rows.u.shape
+    p, real = rows.u.transpose(0, 1).flatten(0, 1), rows.real.transpose(0, 1).flatten() if coupled else None
+    costs, protect = (router.pair_cost, router.open_cost, router.sensitivity), router.drop == "phase2"
+    chosen = [
+        select_by_distortion(p, p, real, price, router.kappa, *costs, launched, k_min, k_max, coupled, protect)
+        for price in prices.unbind()
+    ]
+    index = torch.stack(chosen).unflatten(1, (tokens, groups)).transpose(1, 2)
     return index, index < experts
 
 

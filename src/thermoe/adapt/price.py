@@ -25,6 +25,7 @@ from thermoe.adapt.budget import PHASES, Phase
 from thermoe.adapt.choices import Rows, benefit_of, choose_at, couples, k_max_of
 from thermoe.adapt.readings import CostRange
 from thermoe.adapt.steps import Forward
+from thermoe.adapt.tally import millijoule_span
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable
 from thermoe.energy.work import ModelWork
@@ -292,22 +293,28 @@ class PriceSolver:
         return found
 
 
-def range_alone(model: nn.Module, cost_model: CostModel) -> tuple[float, float] | None:
-    """Return the least and the most J/token that one sequence costs at decode; ``None`` for a model without routers.
+def feasible_range(model: nn.Module, cost_model: CostModel, solver: PriceSolver | None) -> str | None:
+    """Return in words what the routing of ``model`` can cost, in J/token; ``None`` for a model without routers.
 
-    The least is one expert in each layer, the cheapest; the most is top-k of the dearest.
+    Before a forward was seen that is one sequence at decode, with the cheapest expert of each layer or top-k of the
+    dearest.
     """
+    if solver is not None:
+        known = {phase: solver.cost_range(phase) for phase in PHASES}
+        told = [f"{millijoule_span(c.low_j, c.high_j)} at {phase}" for phase, c in known.items() if c is not None]
+        if told:
+            return f"about {', '.join(told)} ({cost_model.provenance})"
     routers = [module.router for _, module in routed_modules(model)]
     if not routers:
         return None
     table = CostTable.of(cost_model, ModelWork.of(model))
-    alone_j = table.forward_j + table.token_j
-    low_j = high_j = alone_j
+    low_j = high_j = table.forward_j + table.token_j
     for each_j, router in zip(table.pair_j + table.open_j, routers, strict=True):
         assert isinstance(router, Router)
         low_j += float(each_j[: router.num_experts].min())
         high_j += router.top_k * float(each_j.max())
-    return low_j, high_j
+    where = f"at decode of one sequence ({cost_model.provenance}), less of several together"
+    return f"about {millijoule_span(low_j, high_j)} {where}"
 
 
 def _layout(forward: Forward) -> tuple[bool, ...]:

@@ -25,10 +25,10 @@ from torch import nn
 from thermoe.adapt.budget import PHASES, Budget, Phase
 from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.instrument import Instrument
-from thermoe.adapt.price import range_alone
+from thermoe.adapt.price import feasible_range
 from thermoe.adapt.readings import ControlOutput, ControlReading, CostRange
 from thermoe.adapt.steps import EnergyWindows, ForwardCount, PhaseWindow, modelled_reading
-from thermoe.adapt.tally import Tally, millijoule_span, step_metrics, text_report
+from thermoe.adapt.tally import Tally, step_metrics, text_report
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.profile import cost_model_of
 from thermoe.errors import CheckpointError, ConfigError, TelemetryError, UnknownNameError
@@ -341,17 +341,8 @@ class AdaptiveSession:
 
     def feasible(self) -> str | None:
         """Return in words what this model can be held to, in J/token by the cost model; ``None`` where it cannot."""
-        if self._instrument is not None:
-            known = {phase: self._instrument.solver.cost_range(phase) for phase in PHASES}
-            told = [
-                f"about {millijoule_span(c.low_j, c.high_j)} at {phase}" for phase, c in known.items() if c is not None
-            ]
-            if told:
-                return f"{', '.join(told)} ({self._provenance_modelled})"
-        found = range_alone(self.model, self._cost_model or CostModel.prior())
-        return (
-            found and f"about {millijoule_span(*found)} at decode of one sequence (estimated), less of several together"
-        )
+        solver = None if self._instrument is None else self._instrument.solver
+        return feasible_range(self.model, self._cost_model or CostModel.prior(), solver)
 
     def _opened(self, name: str) -> Instrument:
         if self._stack is None or self._instrument is None:
