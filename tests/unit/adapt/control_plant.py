@@ -12,6 +12,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -175,6 +176,14 @@ class ControlPlant:
             if all(inside[position : position + hold]):
                 return position
         return None
+
+
+def tracking(windows: int = 30, part: float = 0.7, **fields: Any) -> ControlPlant:
+    """A plant that has held ``part`` of its full joules for some windows."""
+    plant = ControlPlant(BudgetController(Budget(j_per_token=part * FULL_J)), **fields)
+    plant.start()
+    plant.run(windows)
+    return plant
 
 
 class BoardPlant:
