@@ -125,11 +125,13 @@ class PriceSolver:
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def cost_range(self, phase: Phase) -> CostRange | None:
         """Return the cost at the highest price and at price 0, in J/token; ``None`` before anything was observed."""
         ends = self._ends_of(phase)
         return None if ends is None else CostRange(low_j=min(ends.low_j, ends.zero_j), high_j=ends.zero_j)
 
+    @torch.no_grad()
     def cost_at(self, phase: Phase, price: float) -> float | None:
         """Return C(price) in J/token, ``price`` in nats/J; ``None`` before anything was observed."""
         if not self._kept[phase]:
@@ -137,6 +139,7 @@ class PriceSolver:
         prices = [price * self.table.unit_j] if price > 0 else None
         return float(self._costs(phase, prices)[0])
 
+    @torch.no_grad()
     def price_for(self, phase: Phase, cost_target_j: float) -> float:
         """Return the lowest price, in nats/J, at which the modelled cost is at most ``cost_target_j`` J/token.
 

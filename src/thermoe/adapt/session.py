@@ -134,7 +134,7 @@ class AdaptiveSession:
             self._meter = self._opened_meter(stack)
             described = self._meter.describe()
             energy, self._provenance_sensors = described["energy_j"], described["power_w"]["provenance"]
-            self._no_sensor = None if energy["provenance"] is not None else str(energy["reason"])
+            self._no_sensor = None if energy["provenance"] and self._meter.devices else str(energy["reason"])
             cost, self._cost_reason = self._cost_model, "given"
             if cost is None:
                 cost, self._cost_reason = cost_model_of(self.model, self._meter)
