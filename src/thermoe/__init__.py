@@ -23,6 +23,8 @@ _PUBLIC = {
     "set_router": "thermoe.routers.swap",
     "collect_routing": "thermoe.moe.layer",
     "RouterAdapter": "thermoe.adapt.test_time",
+    "AdaptiveSession": "thermoe.adapt.session",
+    "Budget": "thermoe.adapt.budget",
     "EnergyMeter": "thermoe.telemetry.meter",
     "EnergyCallback": "thermoe.energy_callback",
     "CostModel": "thermoe.energy.cost_model",

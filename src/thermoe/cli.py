@@ -264,6 +264,45 @@ def convert(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A folder written by save_pretrained, or a name on the hub.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on with.")],
+    budget_j_per_token: Annotated[float | None, typer.Option(help="Joules per token, for each phase.")] = None,
+    power_cap_w: Annotated[float | None, typer.Option(help="Mean power, in watts.")] = None,
+    temp_cap_c: Annotated[float | None, typer.Option(help="Temperature, in degrees Celsius.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Write so many continuations of the prompt at once.")] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token, sample none.")] = False,
+    telemetry: Annotated[str, typer.Option(help="Telemetry source: auto, off, or a name.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampled text.")] = 0,
+) -> None:
+    """Generate text with a Mixture-of-Experts while a budget is held, and show live what it costs.
+
+    Without a budget the model runs as it is, and the numbers are shown all the same. Joules are measured where there
+    is a sensor, else modelled; each carries its label.
+    """
+    from rich.console import Console
+
+    _quiet_libraries()
+    from thermoe.adapt.command import run_generate
+
+    limits = {"j_per_token": budget_j_per_token, "power_w": power_cap_w, "temp_c": temp_cap_c}
+    run_generate(
+        Console(),
+        model,
+        prompt=prompt,
+        budget={name: value for name, value in limits.items() if value is not None},
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        greedy=greedy,
+        telemetry=telemetry,
+        device=device,
+        seed=seed,
+    )
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="A run folder; several trainings make learning curves.")],
     out: Annotated[Path, typer.Option(help="Folder for the learning curves of several runs.")] = Path("runs/learning"),

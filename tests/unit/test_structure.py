@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": _BASE | {"moe", "routers", "models", "telemetry"},
     "energy_callback": _BASE | {"telemetry"},
     "doctor": _BASE | {"telemetry"},
-    "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "evaluation"},
+    "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "models", "evaluation", "progress"},
     "compare": _BASE
     | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"}
     | {"energy_callback", "config", "progress", "convergence"},

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from thermoe.energy.cost_model import UNITS, CostModel
 from thermoe.energy.fit import Term
 from thermoe.errors import ConfigError
 from thermoe.moe.dispatch import default_backend
+from thermoe.moe.experts import Experts
+from thermoe.moe.layer import MoELayer, routed_modules
 from thermoe.results import write_json
 from thermoe.telemetry.meter import EnergyMeter
 
@@ -207,3 +210,30 @@ def load_cost_model(key: ProfileKey, folder: Path | None = None) -> tuple[CostMo
         return max(kin, key=lambda pair: pair[0])[1], "calibrated on another board of the same kind"
     why = "; ".join(passed_over) or "no profile for this device, shape, dtype and backend"
     return CostModel.prior(key.device_name), f"prior ({why}); calibrate with: thermoe calibrate"
+
+
+def cost_model_of(model: nn.Module, meter: EnergyMeter, folder: Path | None = None) -> tuple[CostModel, str]:
+    """Return the cost model for the experts of ``model`` on the machine that ``meter`` sees, and why this one.
+
+    A model whose layers differ is looked up by its first.
+
+    Args:
+        model: with MoE layers of ours or routers attached to its own.
+        meter: of its devices.
+        folder: of the profiles; the user's cache by default.
+    """
+    name, module = next(routed_modules(model))
+    if isinstance(module, MoELayer):
+        experts: Any = module.experts
+    else:
+        experts = model.get_submodule(f"{name.rpartition('.')[0]}.experts".lstrip("."))
+    weight = experts.down_proj
+    if isinstance(experts, Experts):
+        # Unequal experts are computed, and so calibrated, as blocks of one width.
+        shape = (experts.num_blocks, experts.hidden_size, experts.intermediate_size, int(experts.gated))
+    else:  # (E, F, D) where transposed, else (E, D, F)
+        width, hidden = weight.shape[1:] if experts.is_transposed else weight.shape[:0:-1]
+        shape = (weight.shape[0], hidden, width, int(experts.has_gate))
+    dtype = str(weight.dtype).removeprefix("torch.")
+    key = ProfileKey.of(meter, dtype=dtype, expert_shape=shape, device=weight.device.type)
+    return load_cost_model(key, folder)

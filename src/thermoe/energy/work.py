@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from thermoe.errors import ConfigError
 from thermoe.moe.experts import Experts, one_of_all
-from thermoe.moe.layer import moe_layers
+from thermoe.moe.layer import MoELayer, routed_modules
 
 #: The dtype the prior was measured in; weights are counted at this width whatever this process computes in.
 REFERENCE_BYTES_PER_WEIGHT = 2
@@ -54,6 +54,20 @@ class LayerWork:
         """Count the matrices of ``experts``: one multiply-add per weight and token; biases are left out everywhere."""
         flops = experts.flops_per_pair_by_expert
         return cls(experts.num_experts, [f // 2 * REFERENCE_BYTES_PER_WEIGHT for f in flops], flops)
+
+    @classmethod
+    def of_native(cls, experts: nn.Module) -> LayerWork:
+        """Count the experts of a Hugging Face MoE, stored as stacks (E, in, out) or (E, out, in) of matrices."""
+        stacks = [p for p in experts.parameters() if p.ndim == 3]
+        if not stacks:
+            raise ConfigError(
+                f"{type(experts).__name__} holds no stack of expert weights",
+                where="ModelWork.of",
+                accepted="experts with parameters of shape (E, in, out), as transformers 5 stores them",
+                fix="count this model by hand with ModelWork(...)",
+            )
+        weights = sum(p[0].numel() for p in stacks)
+        return cls(stacks[0].shape[0], weights * REFERENCE_BYTES_PER_WEIGHT, 2 * weights)
 
     @property
     def num_experts(self) -> int:
@@ -142,17 +156,22 @@ class ModelWork:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelWork:
-        """Count the work of ``model`` from its parameters.
+        """Count the work of ``model`` from its parameters, one layer for each of `routed_modules`.
 
         Matrices outside the experts count once; a tied embedding counts as the output projection it is; embedding
-        look-ups that are not tied, norms and biases are left out.
+        look-ups that are not tied, norms and biases are left out. The experts of an attached router are those of the
+        block around it; a block that keeps a router of its own counts as if every token took all its experts.
         """
         layers: list[LayerWork] = []
         expert_parameters: set[int] = set()
-        for _, layer in moe_layers(model):
-            experts = layer.experts
+        for name, module in routed_modules(model):
+            if isinstance(module, MoELayer):
+                experts: nn.Module = module.experts
+                layers.append(LayerWork.of(module.experts))
+            else:
+                experts = model.get_submodule(f"{name.rpartition('.')[0]}.experts".lstrip("."))
+                layers.append(LayerWork.of_native(experts))
             expert_parameters.update(id(p) for p in experts.parameters())
-            layers.append(LayerWork.of(experts))
         output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         products = {id(output.weight)} if output is not None else set()
         lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - products

@@ -86,7 +86,7 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model.endswith("/")
 
 
-def _find(model: str) -> str:
+def find_model(model: str) -> str:
     """Return the folder or the name on the hub that ``model`` means."""
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -108,7 +108,7 @@ def _find(model: str) -> str:
     return model
 
 
-def _unreadable(error: Exception, what: str, model: str) -> ThermoeError:
+def unreadable(error: Exception, what: str, model: str) -> ThermoeError:
     """Return the error for a checkpoint that transformers could not read."""
     if isinstance(error, ThermoeError):
         return error
@@ -143,7 +143,7 @@ def load_config(model: str) -> Any:
         known = "" if not Path(model).is_dir() else _model_type(Path(model))
         if known and known not in FAMILIES:
             raise UnknownNameError.of("architecture", known, FAMILIES, where="config.model_type") from error
-        raise _unreadable(error, "configuration", model) from error
+        raise unreadable(error, "configuration", model) from error
     if str(config.model_type).startswith(PREFIX) or config.model_type not in FAMILIES:
         family_of(_Stub(config))  # type: ignore[arg-type]  # raises
     if getattr(config, "quantization_config", None):
@@ -204,7 +204,7 @@ def load_dense(model: str, config: Any) -> PreTrainedModel:
     try:
         dense, info = auto.from_pretrained(model, output_loading_info=True)
     except Exception as error:
-        raise _unreadable(error, "checkpoint", model) from error
+        raise unreadable(error, "checkpoint", model) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise CheckpointError(
@@ -277,7 +277,7 @@ def run_convert(
     if router not in ROUTERS:
         raise UnknownNameError.of("router", router, ROUTERS, where="--router")
     chosen = None if layers is None else parse_layers(layers)
-    source = _find(model)
+    source = find_model(model)
     config = load_config(source)
     dense = load_dense(source, config)
     words = load_tokenizer(source) if tokenizer else None

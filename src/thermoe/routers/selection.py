@@ -114,7 +114,7 @@ def close_by_distortion(
     Args:
         p_GNE: the router's probabilities, at least 0.
         real_GN: bool, false for padding.
-        open_price: (E,), price times cost of opening.
+        open_price: (E,) or (G, E), price times cost of opening.
         sensitivity: (E,), s.
         k_min: at least so many experts stay open.
         k_max: experts per token.
@@ -162,21 +162,21 @@ def drop_by_distortion(
         index_TK: ids of the choice, E for none.
         p_TE: the router's probabilities, at least 0.
         own_TK: the token's own top-k, whose output is the measure.
-        pair_price: (E,), price times cost of a token-expert pair.
+        pair_price: (E,) or (T, E), price times cost of a token-expert pair.
         sensitivity: (E,), s.
         k_min: experts a token keeps.
     """
     experts, slots = p_TE.shape[-1], torch.arange(index_TK.shape[-1], device=index_TK.device)
     w_TE = torch.zeros_like(p_TE).scatter(-1, own_TK, _share(p_TE.gather(-1, own_TK)))
     p_padded, w_padded = F.pad(p_TE, (0, 1)), F.pad(w_TE, (0, 1))
-    s, price = F.pad(sensitivity, (0, 1)), F.pad(pair_price, (0, 1))
+    s, price_TE = F.pad(sensitivity, (0, 1)), F.pad(pair_price, (0, 1)).expand(len(p_TE), -1)
     for _ in range(index_TK.shape[-1] - k_min):
         live = index_TK < experts
         p, s_of, w = p_padded.gather(-1, index_TK), s[index_TK], w_padded.gather(-1, index_TK)
         square, product, mass = s_of * p.square(), s_of * p * w, p.sum(-1, keepdim=True)
         squares, products = square.sum(-1, keepdim=True), product.sum(-1, keepdim=True)
         loss = _distortion(squares - square, products - product, mass - p) - _distortion(squares, products, mass)
-        saving = torch.where(live, price[index_TK] - loss, -1)
+        saving = torch.where(live, price_TE.gather(-1, index_TK) - loss, -1)
         best, slot = saving.max(-1, keepdim=True)
         gives_up = (best > 0) & (live.sum(-1, keepdim=True) > k_min) & (slots == slot)
         index_TK = torch.where(gives_up, experts, index_TK)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_native_experts import FAMILIES, tiny_native
+from test_native_experts import FAMILIES, moe_blocks, tiny_native
 
 from thermoe import RouterAdapter, attach_router, collect_routing, detach_router, set_router
+from thermoe.energy.work import ModelWork
 
 IDS = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2))
 
@@ -42,3 +43,22 @@ def test_an_attached_model_is_a_model_like_any_other(family: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, native)
     assert not collect_routing(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_work_of_an_attached_model_is_counted_from_its_own_experts(family: str) -> None:
+    model = tiny_native(family)
+    blocks = moe_blocks(model)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("_bias"))
+    lookups = model.get_input_embeddings().weight.numel()
+    attach_router(model, verbose=False)
+    work = ModelWork.of(model)
+    assert len(work.layers) == len(blocks) == 2
+    for layer, block in zip(work.layers, blocks, strict=True):
+        stacks = [p for p in block.experts.parameters() if p.ndim == 3]
+        assert layer.num_experts == block.experts.num_experts
+        assert layer.bytes_per_expert == 2 * sum(p.numel() for p in stacks) // layer.num_experts
+        assert layer.flops_per_pair == layer.bytes_per_expert  # two operations and two bytes a weight
+    experts = sum(sum(layer.bytes_by_expert) for layer in work.layers)
+    assert work.shared_bytes + experts == 2 * (matrices - lookups)
+    detach_router(model)

@@ -1,0 +1,187 @@
+"""What a session does to a model, and undoes: priced routers that know their costs, and a hook that sees every forward.
+
+The hook keeps references to the decisions of a forward and, on a GPU, records an event behind its work. It reads no
+device. Leaving puts the routers that were replaced back, the same objects, and the buffers of those that were priced
+before back to the value they had; routers that were attached to a model's own for the time being are detached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thermoe.adapt.budget import PHASES, Phase
+from thermoe.adapt.price import PriceSolver
+from thermoe.adapt.steps import Forward, ForwardLog, HostMark
+from thermoe.energy.cost_model import CostModel
+from thermoe.energy.work import ModelWork
+from thermoe.energy.workload import EventClock
+from thermoe.errors import ConfigError, RoutingError
+from thermoe.moe.decision import RoutingDecision
+from thermoe.moe.layer import routed_modules
+from thermoe.routers.priced import PricedRouter
+from thermoe.routers.swap import set_router
+from thermoe.routers.topk import TopKRouter
+from thermoe.telemetry.clock import Clock
+
+#: An event clock is renewed after this long, for its reading loses digits as it grows.
+EVENT_CLOCK_S = 600.0
+#: Arguments of a model that say how many sequences and positions it was called with, in this order.
+_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states")
+
+
+class Instrument:
+    """Priced routers and a hook on one model, until it is removed.
+
+    Args:
+        model: a model with routed modules.
+        cost_model: the joules of work, from which experts get their costs.
+        clock: what forwards are timed by.
+        router: options of the priced routers that are put in.
+        needs_price: refuse a model in which no router can have a price.
+        after_forward: called at the end of each forward that the hook saw.
+
+    Attributes:
+        solver: the inner loop, with the rows of the forwards seen.
+        log: the forwards not yet counted.
+
+    Raises:
+        RoutingError: no router can have a price, and one is needed.
+        ConfigError: a router is offloaded, so that a price would not reach it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cost_model: CostModel,
+        clock: Clock,
+        *,
+        router: Mapping[str, Any],
+        needs_price: bool,
+        after_forward: Callable[[], None],
+    ) -> None:
+        self._model, self._clock, self._after_forward = model, clock, after_forward
+        self.solver = PriceSolver(model, cost_model, ModelWork.of(model))
+        self.log = ForwardLog(self.solver.table, len(self.solver.modules))
+        self._last: list[RoutingDecision | None] = [None] * len(self.solver.modules)
+        self._routers: list[PricedRouter] = []
+        self._events: EventClock | None = None
+        self._events_since_s = -math.inf
+        self.renew_clock()
+        with ExitStack() as stack:
+            self._price_routers(stack, router, needs_price)
+            hook = model.register_forward_hook(self._see, with_kwargs=True)
+            stack.callback(hook.remove)
+            self._undo = stack.pop_all()
+
+    def remove(self) -> None:
+        """Leave the model as it was; may be called twice."""
+        self._undo.close()
+
+    def _price_routers(self, stack: ExitStack, options: Mapping[str, Any], needs_price: bool) -> None:
+        named = dict(routed_modules(self._model))
+        routers = {name: module.router for name, module in named.items()}
+        for name, router in routers.items():
+            if isinstance(router, PricedRouter):
+                if router.price.is_meta:
+                    raise ConfigError(
+                        "the router is offloaded, so that no price would reach it",
+                        where=name,
+                        accepted="priced routers in memory",
+                        fix="keep the routers on the device in the device_map, or load the model in memory",
+                    )
+                stack.callback(_restore, router, _state_of(router))
+        plain = [name for name, router in routers.items() if type(router) is TopKRouter]
+        if plain:
+            stack.callback(set_router, self._model, set_router(self._model, "priced", layers=plain, **options))
+        for place, module in enumerate(self.solver.modules):
+            if isinstance(module.router, PricedRouter):
+                module.router.set_costs(*self.solver.table.relative(place, module.router.num_experts))
+                self._routers.append(module.router)
+        if needs_price and not self._routers:
+            kinds = ", ".join(sorted({type(router).__name__ for router in routers.values()}))
+            raise RoutingError(
+                f"no router of the model can have a price ({kinds})",
+                where="AdaptiveSession",
+                accepted="layers with the router topk or priced",
+                fix='call thermoe.set_router(model, "priced") first, if the choice may become that of top-k',
+            )
+
+    def push(self, prices: Mapping[Phase, float]) -> None:
+        """Give the routers their prices, in nats per joule, by phase."""
+        for router in self._routers:
+            for phase in PHASES:
+                router.set_price(prices[phase] * self.solver.table.unit_j, phase)
+
+    # -- seeing forwards ----------------------------------------------------------------------------------------------
+
+    def renew_clock(self) -> None:
+        """Set the clock that tells when a forward has finished, if it is time; waits for the device then.
+
+        On the CPU a forward has finished when the hook is called.
+        """
+        now_s = self._clock.now_s()
+        if now_s - self._events_since_s < EVENT_CLOCK_S:
+            return
+        self._events, self._events_since_s = None, now_s
+        self._device = next(self.solver.modules[-1].parameters()).device
+        if self._device.type == "cuda" and not self._clock.virtual:
+            with torch.cuda.device(self._device):
+                self._events = EventClock()
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():  # the session has a method for these
+            return
+        self.note(_shape(args, kwargs), copy=False)
+        self._after_forward()
+
+    def note(self, shape: tuple[int, int] | None, *, copy: bool) -> None:
+        """Note the forward just made.
+
+        Args:
+            shape: (sequences, positions) of the call, where known.
+            copy: copy the decisions, on the device, for something will write over them.
+        """
+        present = [module.last_routing for module in self.solver.modules]
+        # A module that did not run still holds the decision of an earlier forward.
+        ran = [d if copy or d is not old else None for d, old in zip(present, self._last, strict=True)]
+        self._last = present
+        forward = Forward.of(ran, shape)
+        if forward is None:
+            return
+        if copy:
+            forward = forward.tail(forward.rows)
+        if self._events is None:
+            self.log.add(forward, HostMark(self._clock.now_s()))
+        else:
+            with torch.cuda.device(self._device):
+                self.log.add(forward, self._events.mark())
+        self.solver.keep(forward)
+
+
+def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return (sequences, positions) of a call, ``None`` when no argument tells."""
+    given = [kwargs.get(name) for name in _TOKEN_ARGUMENTS] + list(args[:1])
+    found = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
+    return None if found is None else (found.shape[0], found.shape[1])
+
+
+def _state_of(router: PricedRouter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return copies of a router's own buffers, and its plain attributes."""
+    plain = {name: value for name, value in vars(router).items() if isinstance(value, (bool, int, float, str))}
+    return {name: buffer.clone() for name, buffer in router.named_buffers(recurse=False)}, plain
+
+
+def _restore(router: PricedRouter, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    """Write a router's buffers and plain attributes back; the same tensors, for a captured graph reads them."""
+    buffers, plain = state
+    with torch.no_grad():
+        for name, value in buffers.items():
+            getattr(router, name).copy_(value)
+    for name, value in plain.items():
+        setattr(router, name, value)
