@@ -1,12 +1,13 @@
 """What the energy-aware router saves, and what it costs in perplexity, on a trained model.
 
-python benchmarks/energy_router.py fronts|sweep|loop --model FOLDER --data DATA --out runs/energy-router
+python benchmarks/energy_router.py fronts|sweep|loop|shape --model FOLDER --data DATA --out runs/energy-router
 (FOLDER: a model saved by convergence.py --save; DATA: from prepare_tokens.py.)
 
 fronts: perplexity against distinct experts in decode grouping, for top-k, OEA and the priced router with each benefit,
     on the same text, with standard errors of the paired difference to top-k over sequences.
 sweep: measured joules per token of the same policies in teacher-forced decoding (CUDA graphs; `static_decode.py`) at
     several batch sizes, and of prefill, in two passes of opposite order; perplexity and experts of the same forwards.
+shape: joules of eight MoE layers of OLMoE's shape alone, where weights dominate; random weights, no perplexity.
 loop: `AdaptiveSession` holding a budget: reaching it, following a step, with the sensor and with the cost model alone.
 
 Prices are given as a multiple of the mean sensitivity of the model's experts per opened expert (decode) or per pair
@@ -31,11 +32,13 @@ from transformers import AutoModelForCausalLM
 
 from thermoe import CostModel, set_router
 from thermoe.adapt.sensitivity import measure_sensitivity
-from thermoe.energy.work import ModelWork
+from thermoe.energy.work import LayerWork, ModelWork
 from thermoe.energy.workload import EventClock
 from thermoe.evaluation import sequence_nll
-from thermoe.moe.layer import collect_routing, routed_modules
+from thermoe.moe.experts import Experts
+from thermoe.moe.layer import MoELayer, collect_routing, routed_modules
 from thermoe.results import RunFolder
+from thermoe.routers.topk import TopKRouter
 from thermoe.runtime import environment_fingerprint
 from thermoe.telemetry import EnergyMeter
 
@@ -184,16 +187,7 @@ class Prefill:
 
     def capture(self) -> None:
         """Record the forward into a CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.out = self._forward()
-        self.run = graph.replay
+        self.run = captured(self._forward)
 
 
 def run_sweep(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: dict[str, Tensor]) -> None:
@@ -227,6 +221,70 @@ def run_sweep(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: 
                       f"k {found.get('experts_per_token', math.nan):.2f}", flush=True)  # fmt: skip
 
 
+class Layers(nn.Module):
+    """MoE layers of OLMoE's shape and nothing else, where reading weights dominates; random weights."""
+
+    def __init__(self, args: argparse.Namespace, count: int = 8) -> None:
+        super().__init__()
+        shape = {"hidden_size": 2048, "intermediate_size": 1024, "gated": True, "activation": "silu"}
+        with torch.device(args.device):
+            self.layers = nn.ModuleList(MoELayer(TopKRouter(2048, 64, 8), Experts(64, **shape)) for _ in range(count))
+        self.to(torch.bfloat16).eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Run each layer on the same tokens (B, 1, D): routers differ, so that experts do."""
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)
+
+
+def run_shape(args: argparse.Namespace, run: RunFolder, *_: Any) -> None:
+    """Write a row per policy and pass: joules of OLMoE-shaped layers at decode, where nothing else runs."""
+    torch.manual_seed(0)
+    model = Layers(args)
+    plan = [("topk", 0.0), *(("oea", float(k0)) for k0 in (1, 2, 4, 6))]
+    plan += [("priced", price) for price in (1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)]
+    relative = CostModel.prior(args.gpu).relative_costs(LayerWork.of(model.layers[0].experts))
+    with EnergyMeter(devices=args.device) as meter:
+        for batch in (16, 64):
+            x = torch.randn(batch, 1, 2048, device=args.device, dtype=torch.bfloat16)
+            for number, order in enumerate((plan, plan[::-1])):
+                for kind, price in order:
+                    set_router(model, "topk")
+                    if kind == "oea":
+                        set_router(model, "oea", k0=int(price))
+                    elif kind == "priced":
+                        costs = {"pair_cost": relative[0], "open_cost": relative[1]}
+                        set_router(model, "priced", price=price / relative[1][0], benefit="distortion", **costs)
+                    step = captured(lambda tokens=x: model(tokens))
+                    found = measured(meter, f"{kind} {price:g} B{batch}", step, batch, args.window_s)
+                    chosen = collect_routing(model).values()
+                    distinct = float(torch.stack([d.opened.sum() for d in chosen]).float().mean())
+                    k = float(torch.stack([d.active.sum() for d in chosen]).float().mean()) / batch
+                    run.append("shape", batch=batch, policy=kind, price=price, order=number,
+                               distinct_experts=distinct, experts_per_token=k, **found)  # fmt: skip
+                    print(f"OLMoE shape B={batch} {kind} {price:g}: {1e3 * (found['j_per_token'] or math.nan):.2f} mJ, "
+                          f"T {distinct:.1f}, k {k:.2f}, {found['tokens_per_s']:.0f} tok/s", flush=True)  # fmt: skip
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Return the replay of ``run`` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
 def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: dict[str, Tensor]) -> None:
     """Hold a budget in decoding for a while, then a step to another one; measured and modelled feedback."""
     from thermoe import AdaptiveSession
@@ -258,17 +316,17 @@ def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: d
                                 "experts_per_token", "power_w", "temp_c", "cost_target_j", "reason")  # fmt: skip
                         run.append("loop", feedback=feedback, part=phase, t_s=time.perf_counter() - begun,
                                    budget_j=frac * free, free_j=free, **{k: metrics.get(k) for k in keep})  # fmt: skip
-                    late = [r["j_per_token_measured"] for r in list(session.history)[-3:]]
+                    late = [r["j_per_token_measured"] for r in list(session.tally.history)[-3:]]
                     print(f"{feedback} budget {1e3 * frac * free:.3f} mJ: last windows "
                           f"{[v and round(1e3 * v, 3) for v in late]}, {metrics['state']}", flush=True)  # fmt: skip
-                for row in session.history:
+                for row in session.tally.history:
                     run.append("window", feedback=feedback, free_j=free, **row)
                 print(session.report(), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("fronts", "sweep", "loop"), nargs="+")
+    parser.add_argument("part", choices=("fronts", "sweep", "loop", "shape"), nargs="+")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -282,7 +340,9 @@ def main() -> None:
     parser.add_argument("--window-s", type=float, default=1.5)
     parser.add_argument("--loop-batch", type=int, default=16)
     parser.add_argument("--loop-steps", type=int, default=64, help="decode steps between two steps of the session")
-    parser.add_argument("--loop-plan", default="0.8:60,0.7:40", help="share of the free joules per token: seconds, ...")
+    parser.add_argument(
+        "--loop-plan", default="0.85:45,0.75:30", help="share of the free joules per token: seconds, ..."
+    )
     args = parser.parse_args()
     args.loop_plan = [tuple(float(v) for v in part.split(":")) for part in args.loop_plan.split(",")]
     if args.device.startswith("cuda"):
@@ -297,7 +357,7 @@ def main() -> None:
         json.dumps({"mean_sensitivity": args.mean, "layers": {k: sum(v) / len(v) for k, v in args.sensitivity.items()}})
     )
     for part in args.part:
-        {"fronts": run_fronts, "sweep": run_sweep, "loop": run_loop}[part](args, run, model, rows)
+        {"fronts": run_fronts, "sweep": run_sweep, "loop": run_loop, "shape": run_shape}[part](args, run, model, rows)
     run.write_manifest(finished=True)
 
 

@@ -90,15 +90,20 @@ def median_us(run: Callable[[], object], device: str, budget_s: float) -> tuple[
             run()
             times.append(1e6 * (time.perf_counter() - start))
     else:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        repeats = max(1, min(20, int(0.01 / (time.perf_counter() - begun))))
         times = []
-        for _ in range(15):
+        for _ in range(11):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(20):
+            for _ in range(repeats):
                 run()
             end.record()
             end.synchronize()
-            times.append(1e3 * start.elapsed_time(end) / 20)
+            times.append(1e3 * start.elapsed_time(end) / repeats)
     low, middle, high = statistics.quantiles(times, n=4)
     return middle, low, high
 

@@ -141,7 +141,8 @@ class PricedRouter(TopKRouter):
             "pair_cost": self.pair_cost.tolist(),
             "open_cost": self.open_cost.tolist(),
             "price": float(self.price),
-            "prefill_price": float(self.prefill_price),
+            # One price stays one: whoever sets another does not leave the old one in prefill.
+            "prefill_price": None if bool(self.prefill_price == self.price) else float(self.prefill_price),
             "benefit": self.benefit,
             "sensitivity": self.sensitivity.tolist(),
             "kappa": float(self.kappa),
@@ -204,8 +205,8 @@ class PricedRouter(TopKRouter):
         price = self.price if grouped else self.prefill_price
         coupled = self.couples_tokens and grouped and not self.batch_invariant and k_max > 0
         choose = self._by_distortion if self.benefit == "distortion" else self._by_gate
-        priced = choose(logits, probabilities, baseline, price, context if coupled else None, k_min, k_max)
-        return self._limit(torch.where(price > 0, priced, baseline), probabilities, context)
+        index = choose(logits, probabilities, baseline, price, context if coupled else None, k_min, k_max)
+        return self._limit(index, probabilities, context)
 
     def _by_gate(
         self,
@@ -228,7 +229,7 @@ class PricedRouter(TopKRouter):
         first = logits.argsort(dim=-1, descending=True, stable=True)
         key, r, opened = (values.gather(-1, first) for values in (key, r, opened))
         index, keep = take_open(key, r, opened, k_min, k_max)
-        return torch.where(keep, first.gather(-1, index), self.num_experts)
+        return torch.where(price > 0, torch.where(keep, first.gather(-1, index), self.num_experts), baseline)
 
     def _by_distortion(
         self,
@@ -240,16 +241,15 @@ class PricedRouter(TopKRouter):
         k_min: int,
         k_max: int,
     ) -> Tensor:
-        p = probabilities.clamp(min=0)
         if self.drop == "none":  # what is never closed is open to all
             coupling = None
-        groups = -(-len(p) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
-        if can_fuse(p, groups, k_max):
+        groups = -(-len(logits) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
+        if can_fuse(probabilities, groups, k_max):
             mask = None if coupling is None else coupling.padding_mask
             costs, protect = (self.pair_cost, self.open_cost, self.sensitivity), self.drop == "phase2"
-            return select_by_distortion(
-                p, logits, mask, price, self.kappa, *costs, groups, k_min, k_max, coupling is not None, protect
-            )
+            given = (probabilities, logits, mask, baseline, price, self.kappa, *costs)
+            return select_by_distortion(*given, groups, k_min, k_max, coupling is not None, protect)
+        p = probabilities.clamp(min=0)
         weight = self.kappa * self.sensitivity
         index = logits.topk(k_max, -1).indices
         if coupling is not None:
@@ -259,7 +259,8 @@ class PricedRouter(TopKRouter):
             # Stable, as torch.topk is not: what is closed comes last.
             index = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]
             index = torch.where(ranked.gather(-1, index) > -torch.inf, index, self.num_experts)
-        return drop_by_distortion(index, p, baseline, price * self.pair_cost, weight, k_min)
+        priced = drop_by_distortion(index, p, baseline, price * self.pair_cost, weight, k_min)
+        return torch.where(price > 0, priced, baseline)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load, and know again on the host whether an opening cost is above 0."""
