@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -19,21 +21,33 @@ SM90 = pytest.mark.skipif(
 
 
 @SM90
-def test_a_forward_inside_a_session_never_waits_for_the_host() -> None:
+def test_a_forward_inside_a_session_waits_for_the_host_no_more_than_one_outside() -> None:
+    """Transformers reads the device itself in some versions, so the session's part is what comes on top."""
     model = tiny_moe(num_experts=8, top_k=4).to("cuda", torch.bfloat16)
+    set_router(model, "priced")
     ids, step = random_tokens(4, 16).cuda(), random_tokens(8, 1).cuda()
-    meter = EnergyMeter(telemetry="off")
-    with AdaptiveSession(model, 1e-9, meter=meter) as session, torch.no_grad():
-        model(ids), model(step)
-        session.step()
+
+    def waits() -> int:
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            for _ in range(3):
-                model(ids), model(step)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in range(3):
+                    model(ids), model(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        metrics = session.step()
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    with torch.no_grad():
+        model(ids), model(step)
+        outside = waits()
+        with AdaptiveSession(model, 1e-9, meter=EnergyMeter(telemetry="off")) as session:
+            model(ids), model(step)
+            session.step()
+            inside = waits()
+            metrics = session.step()
+    assert inside <= outside
     assert metrics["forwards"] == 6 and metrics["tokens"] == 3 * (64 + 8)
     assert metrics["decode/price"] > 0 and metrics["decode/experts_per_token"] < 4
 

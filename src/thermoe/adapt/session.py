@@ -268,7 +268,8 @@ class AdaptiveSession:
         if costs is None:
             return
         self._costs[phase] = costs
-        if reading is None:
+        # A reading of a price that could not follow its target yet would make the target run away from it.
+        if reading is None or (reading.status == "valid" and not searches):
             output = self._controller.output(phase, costs)
         else:
             output = self._controller.update(reading, costs)
@@ -279,7 +280,9 @@ class AdaptiveSession:
                 self.prices[phase] = output.price or 0.0
             else:
                 self.prices[phase] = solver.price_for(phase, output.cost_target_j)
-            self._searched[phase] = clock.now_s(), clock.now_s() - began_s, solver.rows(phase)
+            # The first search compiles kernels; it says nothing of how long the next will take.
+            took_s = clock.now_s() - began_s if phase in self._searched else 0.0
+            self._searched[phase] = clock.now_s(), took_s, solver.rows(phase)
 
     def state_of(self, phase: Phase) -> tuple[str, str]:
         """Return the state of a phase and the reason, in a sentence."""

@@ -74,7 +74,8 @@ def select_by_distortion(
 
     return select(
         p.contiguous(), logits.contiguous(), None if real is None else real.contiguous(), baseline.contiguous(),
-        price, kappa, pair_cost, open_cost, sensitivity, groups, k_min, k_max, coupled, protect, selection.ROUNDS, selection.SHARE,
+        price, kappa, pair_cost, open_cost, sensitivity, groups, k_min, k_max, coupled, protect, selection.ROUNDS,
+        selection.SHARE,
     )  # fmt: skip
 
 
