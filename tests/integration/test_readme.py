@@ -26,7 +26,7 @@ def _save_as_distilgpt2(folder: Path) -> None:
 
 def test_the_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     _save_as_distilgpt2(tmp_path / "distilbert" / "distilgpt2")
     for block in blocks:

@@ -78,7 +78,7 @@ def test_a_run_leaves_a_model_rows_and_a_manifest(whole: tuple[RunFolder, Done])
     steps = [row["step"] for row in run.rows("train")]
     assert steps == [2, 4, 6, 8, 10, 12]
     row = list(run.rows("train"))[-1]
-    for name in ("loss", "lm_loss", "aux_switch", "aux_z_loss", "max_vio", "effective_experts", "dead_experts"):
+    for name in ("loss", "lm_loss", "aux_load_std_root", "aux_z_loss", "max_vio", "effective_experts", "dead_experts"):
         assert isinstance(row[name], float)
     assert row["drop_rate"] > 0
     assert [row["step"] for row in run.rows("eval")] == [0, 6, 12]

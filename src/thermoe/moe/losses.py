@@ -71,15 +71,16 @@ DEFAULT_COEFFICIENTS: dict[str, float] = {
     "load_std": 1e-2,
     "load_std_root": 3e-2,
     "importance": 1e-1,
-    "entropy": 1e-1,
+    "entropy": 1e-2,
     "entropy_marginal": 1e-1,
     "entropy_token": 1e-2,
     "kl_uniform": 1e-1,
     "kl_uniform_reverse": 1e-1,
     "z_loss": 1e-3,
 }
-#: What training uses unless told otherwise; coefficients from the Switch Transformer and ST-MoE.
-DEFAULT_BALANCE: dict[str, float] = {name: DEFAULT_COEFFICIENTS[name] for name in ("switch", "z_loss")}
+#: What training uses unless told otherwise: of all options it ended with the most even load, at the perplexity of the
+#: best (docs/results/convergence).
+DEFAULT_BALANCE: dict[str, float] = {name: DEFAULT_COEFFICIENTS[name] for name in ("load_std_root", "z_loss")}
 #: Any two of these ask for the same thing, an even load; near balance they are multiples of one another.
 _EVENNESS = (
     "switch",

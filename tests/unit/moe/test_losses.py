@@ -145,7 +145,7 @@ def test_stacking_two_names_of_one_penalty_warns(pair: tuple[str, str]) -> None:
 
 def test_every_loss_of_ours_has_a_usual_coefficient() -> None:
     assert set(DEFAULT_COEFFICIENTS) == set(LOSSES)
-    assert default_balance("switch") == DEFAULT_BALANCE
+    assert default_balance("load_std_root") == DEFAULT_BALANCE
     assert default_balance("z_loss") == {"z_loss": 1e-3}
     for name in LOSSES:
         terms = check_loss_terms(default_balance(name))  # no warning: the two terms are not alike

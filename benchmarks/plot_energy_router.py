@@ -1,0 +1,104 @@
+"""Draw the results of energy_router.py: python benchmarks/plot_energy_router.py FOLDER (fronts, sweep, shape, loop)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+STYLES = {
+    "topk": ("top-k", "k", "s"),
+    "oea": ("OEA", "tab:orange", "D"),
+    "priced": ("priced, distortion", "tab:blue", "o"),
+    "priced-favourites": ("... favourites kept", "tab:cyan", "o"),
+    "priced-uniform": ("... sensitivities equal", "tab:green", "^"),
+    "priced-gate": ("priced, gate", "tab:gray", "v"),
+}
+
+
+def rows_of(folder: Path, kind: str) -> list[dict]:
+    """Return the rows of one kind."""
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def draw(axes: Axes, rows: list[dict], x: Callable[[dict], float], y: Callable[[dict], float], error: str = "") -> None:
+    """Draw a line per policy, points of equal price averaged."""
+    points: dict[str, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        points[row["policy"]][row.get("price_nats", row.get("price", 0.0))].append(row)
+    for policy, by_price in points.items():
+        label, colour, marker = STYLES[policy]
+        means = [[sum(f(r) for r in group) / len(group) for f in (x, y)] for group in by_price.values()]
+        bars = [2 * group[0].get(error, 0.0) for group in by_price.values()] if error else None
+        order = sorted(range(len(means)), key=lambda i: means[i][0])
+        axes.errorbar(
+            [means[i][0] for i in order], [means[i][1] for i in order], yerr=bars and [bars[i] for i in order],
+            label=label, color=colour, marker=marker, markersize=4, linewidth=1,
+        )  # fmt: skip
+
+
+def draw_fronts(folder: Path, out: Path) -> None:
+    """Loss against distinct experts, by text and batch size."""
+    rows = rows_of(folder, "front")
+    cases = sorted({(row["text"], row["batch"]) for row in rows})
+    figure, panels = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3.8), squeeze=False)
+    for axes, (text, batch) in zip(panels[0], cases, strict=True):
+        chosen = [r for r in rows if (r["text"], r["batch"]) == (text, batch) and r["dnll"] < 0.25]
+        draw(axes, chosen, lambda r: r["distinct_experts"], lambda r: r["dnll"], "dnll_se")
+        axes.set(title=f"{text}, {batch} sequences", xlabel="distinct experts per layer", ylim=(-0.004, 0.12))
+    panels[0][0].set_ylabel("nats per token above top-k")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def draw_joules(folder: Path, out: Path) -> None:
+    """Measured joules: of decoding, of layers of OLMoE's shape, of prefill, and of the loop over time."""
+    sweep, shape, loop = (
+        rows_of(folder / n, k) for n, k in (("sweep", "sweep"), ("shape", "shape"), ("loop", "window"))
+    )
+    figure, panels = plt.subplots(1, 4, figsize=(16.5, 3.8))
+    mj = lambda r: 1e3 * r["j_per_token"]  # noqa: E731
+    draw(panels[0], [r for r in sweep if r["batch"] == 16], lambda r: r["distinct_experts"], mj)
+    panels[0].set(title="trained model, decode, 16 sequences", xlabel="distinct experts per layer", ylabel="mJ/token")
+    draw(panels[1], [r for r in shape if r["batch"] == 16], lambda r: r["distinct_experts"], mj)
+    panels[1].set(title="8 layers of OLMoE's shape, 16 sequences", xlabel="distinct experts per layer")
+    draw(panels[2], [r for r in sweep if r["batch"] == 0 and "nll" in r], mj, lambda r: r["nll"])
+    panels[2].set(title="trained model, prefill", xlabel="mJ/token", ylabel="nats per token")
+    for feedback, colour in (("measured", "tab:blue"), ("modelled", "tab:gray")):
+        part = [r for r in loop if r["feedback"] == feedback and (r["j_per_token_measured"] or 1) < 0.1]
+        if part:
+            start = part[0]["t_s"]
+            times, values = [r["t_s"] - start for r in part], [1e3 * r["j_per_token_measured"] for r in part]
+            panels[3].plot(times, values, color=colour, marker=".", label=f"feedback {feedback}")
+    budgets = sorted(
+        {(r["part"], r["budget_j"]) for r in rows_of(folder / "loop", "loop") if r["feedback"] == "measured"}
+    )
+    for _, budget in budgets:
+        panels[3].axhline(1e3 * budget, color="tab:red", linewidth=0.8)
+    panels[3].set(title="holding a budget (red)", xlabel="s", ylabel="mJ/token")
+    panels[3].legend(fontsize=7)
+    panels[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    draw_fronts(args.folder / "fronts", args.folder / "fronts.png")
+    draw_joules(args.folder, args.folder / "joules.png")
+
+
+if __name__ == "__main__":
+    main()
