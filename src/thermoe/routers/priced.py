@@ -244,7 +244,9 @@ class PricedRouter(TopKRouter):
         if self.drop == "none":  # what is never closed is open to all
             coupling = None
         groups = -(-len(logits) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
-        if can_fuse(probabilities, groups, k_max):
+        # The kernel takes the top-k by logits for the baseline, which it is not with shards or with sampled scores.
+        plain = self.group_size == 1 and not (self.training and self.temperature is not None)
+        if plain and can_fuse(probabilities, groups, k_max):
             mask = None if coupling is None else coupling.padding_mask
             costs, protect = (self.pair_cost, self.open_cost, self.sensitivity), self.drop == "phase2"
             given = (probabilities, logits, mask, baseline, price, self.kappa, *costs)

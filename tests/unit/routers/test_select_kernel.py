@@ -10,6 +10,7 @@ from selection_cases import SHAPES, cases
 
 from thermoe.routers import fused_selection
 from thermoe.routers.fused_selection import can_fuse
+from thermoe.routers.priced import PricedRouter
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
@@ -28,6 +29,22 @@ def test_the_kernel_chooses_as_the_pytorch_code_does(
         assert torch.equal(found, expected)
         compared += 1
     assert compared == 24
+
+
+@torch.no_grad()
+def test_a_baseline_other_than_the_top_k_is_left_to_the_pytorch_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise AssertionError("the kernel does not know this baseline")
+
+    monkeypatch.setattr("thermoe.routers.priced.can_fuse", lambda scores, groups, k_max: True)
+    monkeypatch.setattr("thermoe.routers.priced.select_by_distortion", refuse)
+    x = torch.randn(8, 16)
+    sharded = PricedRouter(16, 8, 4, benefit="distortion", group_size=2, price=0.01).eval()
+    sampled = PricedRouter(16, 8, 4, benefit="distortion", temperature=1.0, price=0.01).train()
+    for router in (sharded, sampled):
+        assert router(x).expert_index.shape == (8, 4)
+    with pytest.raises(AssertionError, match="does not know"):
+        sampled.eval()(x)
 
 
 def test_the_kernel_takes_what_one_program_can_hold_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
