@@ -98,7 +98,9 @@ class Instrument:
                 stack.callback(_restore, router, _state_of(router))
         plain = [name for name, router in routers.items() if type(router) is TopKRouter]
         if plain:
-            stack.callback(set_router, self._model, set_router(self._model, "priced", layers=plain, **options))
+            # The benefit with a kernel: the other one passes over the experts one by one.
+            settings = {"benefit": "distortion", **options}
+            stack.callback(set_router, self._model, set_router(self._model, "priced", layers=plain, **settings))
         for place, module in enumerate(self.solver.modules):
             if isinstance(module.router, PricedRouter):
                 module.router.set_costs(*self.solver.table.relative(place, module.router.num_experts))

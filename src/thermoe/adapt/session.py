@@ -60,7 +60,7 @@ class AdaptiveSession:
         on_step: called with the metrics of each step.
         solve_every: steps from one search for the price to the next; a new window or budget searches at once. Where
             a search is slow it waits, so that searches take no more than 5 % of the time, or 25 % after windows.
-        router: options of the priced routers that are put in, such as ``{"k_min": 2}``.
+        router: options of the priced routers that are put in, such as ``{"k_min": 2}``; their benefit is "distortion".
         control: options of `BudgetController`, such as ``{"law": "dual", "price_max": 5.0}``.
 
     Attributes:
