@@ -124,6 +124,13 @@ def test_what_cannot_be_generated_is_refused(moe: Path, tmp_path: Path) -> None:
     assert "source" in refused("generate", str(moe), *prompt[:4], "--telemetry", "sensor")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused_without_an_option_of_another_command(tmp_path: Path) -> None:
+    folder = save(tiny_moe(), tmp_path / "moe")
+    (folder / "tokenizer.json").write_text("{")
+    told = refused("generate", str(folder), "--prompt", "fox", "--device", "cpu", "--telemetry", "off")
+    assert "tokenizer" in told and "--no-tokenizer" not in told
+
+
 def test_a_checkpoint_without_all_weights_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
