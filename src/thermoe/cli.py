@@ -279,8 +279,8 @@ def generate(
 ) -> None:
     """Generate text with a Mixture-of-Experts while a budget is held, and show live what it costs.
 
-    Without a budget the model runs as it is, and the numbers are shown all the same. Joules are measured where there
-    is a sensor, else modelled; each carries its label.
+    Without a budget the price is 0, also where the model was saved with another, and the numbers are shown all the
+    same. Joules are measured where there is a sensor, else modelled; each carries its label.
     """
     from rich.console import Console
 

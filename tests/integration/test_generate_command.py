@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from thermoe.adapt.command import run_generate, status_line
+from thermoe.adapt.command import _View, run_generate, status_line
 from thermoe.testing import tiny_gpt2, tiny_moe
 
 WORDS = ["<pad>", "the", "quick", "brown", "fox", *(f"w{i}" for i in range(5, 97))]
@@ -124,6 +124,13 @@ def test_what_cannot_be_generated_is_refused(moe: Path, tmp_path: Path) -> None:
     assert "source" in refused("generate", str(moe), *prompt[:4], "--telemetry", "sensor")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused_without_an_option_of_another_command(tmp_path: Path) -> None:
+    folder = save(tiny_moe(), tmp_path / "moe")
+    (folder / "tokenizer.json").write_text("{")
+    told = refused("generate", str(folder), "--prompt", "fox", "--device", "cpu", "--telemetry", "off")
+    assert "tokenizer" in told and "--no-tokenizer" not in told
+
+
 def test_a_checkpoint_without_all_weights_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -144,3 +151,25 @@ def test_a_simulated_sensor_is_never_taken_for_a_real_one(moe: Path, monkeypatch
     assert metrics["provenance_sensors"] == "simulated" and metrics["power_w"] > 50
     assert " C simulated" in screen.getvalue()
     assert "measured" not in screen.getvalue().replace("measured   │ nothing", "")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_it_took_is_told_when_interrupted(moe: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C in a long text: the interrupt goes on to the caller, and what was counted is not lost."""
+    put, put_so_far = _View.put, 0
+
+    def interrupted(view: _View, value: torch.Tensor) -> None:
+        nonlocal put_so_far
+        put_so_far += 1
+        if put_so_far == 20:
+            raise KeyboardInterrupt
+        put(view, value)
+
+    monkeypatch.setattr(_View, "put", interrupted)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=100)
+    options: dict[str, Any] = {"prompt": "the fox", "max_new_tokens": 60, "device": "cpu", "telemetry": "off"}
+    with pytest.raises(KeyboardInterrupt):
+        run_generate(console, str(moe), budget={}, **options)
+    told = screen.getvalue().split("interrupted")[1]
+    assert "what it took" in told and "15 tokens in 15 forwards" in told

@@ -178,23 +178,29 @@ def run_generate(
         live = Live(console=console, refresh_per_second=8) if console.is_terminal else None
         view = _View(console, words, live)
         session = AdaptiveSession(loaded, budget or None, meter=meter, auto_step=STEP_EVERY, on_step=view.show)
-        with session:
-            if live is not None:
-                live.start()
-            try:
-                loaded.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=not greedy,
-                    streamer=view,
-                    pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
-                )
-                if session.pending:
-                    session.step()
-            finally:
+        try:
+            with session:
                 if live is not None:
-                    live.stop()
+                    live.start()
+                try:
+                    loaded.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=max_new_tokens,
+                        do_sample=not greedy,
+                        streamer=view,
+                        pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
+                    )
+                    if session.pending:
+                        session.step()
+                finally:
+                    if live is not None:
+                        live.stop()
+        except KeyboardInterrupt:  # typer ends the program with exit code 130
+            console.print("\ninterrupted")
+            if session.tally.steps:
+                console.print(_summary(session, chosen.reason))
+            raise
         console.print(_summary(session, chosen.reason))
     return session.metrics
 

@@ -197,7 +197,7 @@ class BudgetController:
         heat = self._heat
         if heat is not None and heat.seen_c is not None:
             return "SLACK", f"{heat.limit_c:.4g} C does not bind: {heat.seen_c:.4g} C at price 0"
-        if modelled or heat is not None:
+        if heat is not None or (modelled and self.budget.power_w is not None):
             return "OFF", f"no sensor for what the budget limits at {phase}: {self.budget}"
         return "OFF", f"the budget does not limit {phase}: {self.budget}"
 

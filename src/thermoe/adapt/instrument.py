@@ -176,6 +176,7 @@ def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] 
 def _state_of(router: PricedRouter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return copies of a router's own buffers, and its plain attributes."""
     plain = {name: value for name, value in vars(router).items() if isinstance(value, (bool, int, float, str))}
+    del plain["training"]  # the mode is the model's: who changed it inside meant all of the model
     return {name: buffer.clone() for name, buffer in router.named_buffers(recurse=False)}, plain
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from thermoe.errors import RoutingError
+from thermoe.errors import ConfigError, RoutingError
 from thermoe.evaluation import check_token_ids, sequence_nll
 from thermoe.moe.layer import MoELayer, moe_layers, routed_modules
 from thermoe.moe.offload import readable
@@ -42,6 +42,7 @@ class _Seen:
         self.x, self.y = args[0].detach(), output
 
 
+@torch.inference_mode(mode=False)  # there is a backward, whatever the caller is in
 def measure_sensitivity(model: nn.Module, rows: Tensor, *, batch_size: int = 8, push: bool = True) -> dict[str, Tensor]:
     """Measure s_e of every expert on text, with the routing the model has now.
 
@@ -56,9 +57,16 @@ def measure_sensitivity(model: nn.Module, rows: Tensor, *, batch_size: int = 8, 
 
     Raises:
         RoutingError: the model has no MoE layer of ours.
-        ConfigError: ``rows`` holds no token ids (N, S).
+        ConfigError: ``rows`` holds no token ids (N, S) of the model's vocabulary, or ``batch_size`` is below 1.
     """
     check_token_ids(rows, where="rows")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(
+            f"batch_size is {batch_size!r}",
+            where="batch_size",
+            accepted="an integer of at least 1",
+            fix="leave it at 8",
+        )
     layers = dict(moe_layers(model))
     if not layers:
         attached = next(iter(dict(routed_modules(model))), None)
@@ -70,13 +78,22 @@ def measure_sensitivity(model: nn.Module, rows: Tensor, *, batch_size: int = 8, 
             accepted="a model converted by thermoe.convert_to_moe",
             fix="leave the sensitivities at 1" if attached else "convert it first: thermoe.convert_to_moe(model)",
         )
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    known = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
+    if known is not None and not 0 <= int(rows.min()) <= int(rows.max()) < known:
+        raise ConfigError(
+            f"there are token ids from {int(rows.min())} to {int(rows.max())}",
+            where="rows",
+            accepted=f"ids of the model's vocabulary, 0 to {known - 1}",
+            fix="encode the text with the tokenizer of this model",
+        )
     sums = {name: torch.zeros(2, layer.experts.num_experts, device=rows.device) for name, layer in layers.items()}
     seen = {name: _Seen() for name in layers}
     handles = [layer.register_forward_hook(seen[name]) for name, layer in layers.items()]
     try:
         with _nothing_learns(model), torch.enable_grad():
-            for batch in rows.split(batch_size):
-                embedded = model.get_input_embeddings()(batch).detach().requires_grad_()  # type: ignore[operator]
+            for batch in rows.clone().split(batch_size):  # an inference tensor cannot be saved for a backward
+                embedded = embedding(batch).detach().requires_grad_()
                 nll = sequence_nll(model(inputs_embeds=embedded, use_cache=False).logits, batch).sum()
                 nll.backward()
                 for name, layer in layers.items():

@@ -216,8 +216,16 @@ def load_dense(model: str, config: Any) -> PreTrainedModel:
     return dense.eval()
 
 
-def load_tokenizer(model: str) -> Any:
-    """Return the tokenizer beside the model, or ``None`` if there is none."""
+def load_tokenizer(model: str, *, otherwise: str = "") -> Any:
+    """Return the tokenizer beside the model, or ``None`` if there is none.
+
+    Args:
+        model: a folder, or a name on the hub.
+        otherwise: what else than mending it the command offers, for the error.
+
+    Raises:
+        CheckpointError: there is one, and it cannot be read.
+    """
     if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
@@ -229,7 +237,7 @@ def load_tokenizer(model: str) -> Any:
             f"the tokenizer cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=model,
             accepted="tokenizer files that transformers.AutoTokenizer can load",
-            fix="mend them or install what they need, or leave the tokenizer out with --no-tokenizer",
+            fix="mend them or install what they need" + (f", or {otherwise}" if otherwise else ""),
         ) from error
 
 
@@ -280,7 +288,7 @@ def run_convert(
     source = find_model(model)
     config = load_config(source)
     dense = load_dense(source, config)
-    words = load_tokenizer(source) if tokenizer else None
+    words = load_tokenizer(source, otherwise="leave the tokenizer out with --no-tokenizer") if tokenizer else None
     settings = {**(options or {}), "num_experts": num_experts, "method": method, "layers": chosen, "router": router}
 
     def convert(top_k: int | None) -> Any:

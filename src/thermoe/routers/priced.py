@@ -25,7 +25,7 @@ Shape letters: T tokens, E experts, K slots, G groups, N tokens of a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -72,7 +72,8 @@ class PricedRouter(TopKRouter):
         couples_tokens: whether any opening cost is above 0, known on the host.
 
     Raises:
-        RoutingError: k_min is not in 0..top_k, or a cost, a sensitivity or a price is negative or not finite.
+        RoutingError: k_min is no integer in 0..top_k, or a cost, a sensitivity, kappa or a price is no number, negative
+            or not finite in float32.
         UnknownNameError: no such benefit or drop pass.
     """
 
@@ -106,9 +107,9 @@ class PricedRouter(TopKRouter):
         **options: Any,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
-        if not 0 <= k_min <= top_k:
+        if isinstance(k_min, bool) or not isinstance(k_min, int) or not 0 <= k_min <= top_k:
             raise RoutingError(
-                f"k_min is {k_min} with top_k {top_k}",
+                f"k_min is {k_min!r} with top_k {top_k}",
                 where="k_min",
                 accepted=f"an integer from 0 to {top_k}",
                 fix="lower k_min",
@@ -131,6 +132,13 @@ class PricedRouter(TopKRouter):
         self.set_price(price)
         if prefill_price is not None:
             self.set_price(prefill_price, "prefill")
+        if not _is_amount(kappa):
+            raise RoutingError(
+                f"kappa is {kappa!r}",
+                where="kappa",
+                accepted="a number of at least 0, finite in float32",
+                fix="leave kappa out for 1",
+            )
         self.kappa.fill_(kappa)
 
     def options(self) -> dict[str, Any]:
@@ -160,11 +168,11 @@ class PricedRouter(TopKRouter):
         """
         if phase is not None and phase not in PHASES:
             raise UnknownNameError.of("phase", str(phase), PHASES, where="phase")
-        if not 0 <= price < float("inf"):
+        if not _is_amount(price):
             raise RoutingError(
-                f"the price is {price}",
+                f"the price is {price!r}",
                 where="price",
-                accepted="a finite number of at least 0",
+                accepted="a number of at least 0, finite in float32",
                 fix="use 0 for the baseline router",
             )
         for name, buffer in (("decode", self.price), ("prefill", self.prefill_price)):
@@ -186,15 +194,17 @@ class PricedRouter(TopKRouter):
         self.sensitivity.copy_(torch.tensor(values, device=self.sensitivity.device))
 
     def _per_expert(self, name: str, given: Sequence[float] | None, default: float, source: str) -> list[float]:
-        values = [default] * self.num_experts if given is None else [float(v) for v in given]
-        if len(values) != self.num_experts or not all(0 <= value < float("inf") for value in values):
+        values: list[Any] = [default] * self.num_experts
+        if given is not None:
+            values = list(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else []
+        if len(values) != self.num_experts or not all(_is_amount(value) for value in values):
             raise RoutingError(
-                f"{name} is {given}",
+                f"{name} is {given!r}",
                 where=name,
-                accepted=f"{self.num_experts} finite numbers of at least 0",
+                accepted=f"{self.num_experts} numbers of at least 0, finite in float32",
                 fix=source,
             )
-        return values
+        return [float(value) for value in values]
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Return each token's priced selection; at price 0 the baseline's own."""
@@ -270,6 +280,16 @@ class PricedRouter(TopKRouter):
         loaded = state_dict.get(prefix + "open_cost")
         if loaded is not None and not loaded.is_meta:
             self.couples_tokens = bool((loaded > 0).any())
+
+
+def _is_amount(value: object) -> bool:
+    """Whether a value is a number of at least 0 that float32 can hold; a tensor of one is read."""
+    if isinstance(value, (bool, str)):
+        return False
+    try:
+        return 0 <= float(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
 
 
 def _of_tokens(opened_GE: Tensor, context: RoutingContext) -> Tensor:

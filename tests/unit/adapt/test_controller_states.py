@@ -286,6 +286,12 @@ def test_watts_and_degrees_without_a_sensor_are_off(budget: Budget) -> None:
     assert output.state == "OFF" and output.cost_target_j is None and "no sensor" in output.reason
 
 
+def test_without_a_sensor_a_phase_without_a_limit_blames_no_sensor() -> None:
+    controller = BudgetController(Budget(j_per_token={"prefill": 0.03}))
+    output = controller.update(_reading(0, j=None, status="modelled"), COSTS)
+    assert output.state == "OFF" and "does not limit decode" in output.reason
+
+
 def test_at_the_floor_the_limit_that_cannot_be_held_is_the_one_that_is_named() -> None:
     controller = BudgetController(Budget(j_per_token=0.01, power_w=100))
     for window in range(30):

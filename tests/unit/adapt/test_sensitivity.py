@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -82,3 +84,28 @@ def test_models_without_experts_of_ours_are_refused() -> None:
 def test_rows_without_anything_to_predict_are_refused() -> None:
     with pytest.raises(ConfigError):
         measure_sensitivity(tiny_moe(), torch.zeros(4, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "8", True])
+def test_a_batch_of_no_size_is_refused(batch_size: Any) -> None:
+    with pytest.raises(ConfigError, match="batch_size is"):
+        measure_sensitivity(tiny_moe(), random_tokens(2, 8), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("wrong", [-100, 97])
+def test_ids_outside_the_vocabulary_are_refused_before_a_kernel_meets_them(wrong: int) -> None:
+    rows = random_tokens(2, 8)
+    rows[1, 3] = wrong
+    with pytest.raises(ConfigError, match="token ids") as error:
+        measure_sensitivity(tiny_moe(), rows)
+    assert "0 to 96" in error.value.accepted
+
+
+def test_it_is_measured_inside_inference_mode_too() -> None:
+    model, ids = tiny_moe(), random_tokens(2, 8)
+    expected = measure_sensitivity(model, ids)
+    with torch.inference_mode():
+        found = measure_sensitivity(model, ids)
+        made_there = measure_sensitivity(model, ids.clone())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(made_there[name], value) for name, value in expected.items())

@@ -479,3 +479,11 @@ def test_a_slow_search_waits_its_turn(meter: EnergyMeter, monkeypatch: pytest.Mo
         assert 7 <= len(searches) <= 10 and len(late) <= 3
         session.set_budget(0.8)
         assert searches[-1] >= clock.now_s() - 1.5  # a new budget is not kept waiting
+
+
+@MODELS
+def test_leaving_does_not_turn_back_the_mode_of_the_model(kind: str, meter: EnergyMeter) -> None:
+    model = build(kind)
+    with AdaptiveSession(model, 1e-6, meter=meter):
+        model.train()
+    assert all(module.training for module in model.modules())

@@ -349,20 +349,31 @@ def test_padding_groups_and_padded_tokens_have_no_vote() -> None:
 # --- what is pushed in ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("price", [-0.1, float("nan"), float("inf")])
-def test_bad_prices_are_refused_and_change_nothing(price: float) -> None:
+#: Not numbers of at least 0 that float32 can hold.
+NO_AMOUNTS: list[Any] = [-0.1, float("nan"), float("inf"), 1e39, 10**400, "0.2", True, None, [1.0]]
+
+
+@pytest.mark.parametrize("price", NO_AMOUNTS)
+def test_bad_prices_are_refused_and_change_nothing(price: Any) -> None:
     router = _router(price=0.25)
     with pytest.raises(RoutingError, match="the price is"):
         router.set_price(price)
     assert float(router.price) == 0.25
-    with pytest.raises(RoutingError):
+    with pytest.raises(RoutingError, match="the price is"):
         _router(price=price)
 
 
+@pytest.mark.parametrize("kappa", NO_AMOUNTS)
+def test_a_bad_kappa_is_refused(kappa: Any) -> None:
+    with pytest.raises(RoutingError, match="kappa is") as error:
+        _router(kappa=kappa)
+    assert error.value.where == "kappa" and error.value.accepted and error.value.fix
+
+
 @pytest.mark.parametrize(
-    "costs", [[1.0] * (E - 1), [1.0] * (E + 1), [-1.0] * E, [float("nan")] * E, [float("inf")] * E]
+    "costs", [[1.0] * (E - 1), [1.0] * (E + 1), 1.0, "1" * E, {1: 1.0}, *([value] * E for value in NO_AMOUNTS)]
 )
-def test_bad_costs_are_refused_and_change_nothing(costs: list[float]) -> None:
+def test_bad_costs_are_refused_and_change_nothing(costs: Any) -> None:
     router = _router(pair_cost=COSTS, open_cost=[2.0] * E)
     for pair, opening, name in ((costs, None, "pair_cost"), (None, costs, "open_cost")):
         with pytest.raises(RoutingError, match=name) as error:
@@ -370,6 +381,9 @@ def test_bad_costs_are_refused_and_change_nothing(costs: list[float]) -> None:
         assert error.value.where == name and error.value.accepted and error.value.fix
     assert router.pair_cost.tolist() == COSTS and router.open_cost.tolist() == [2.0] * E
     assert router.couples_tokens
+    with pytest.raises(RoutingError, match="sensitivity is"):
+        router.set_sensitivity(costs)
+    assert router.sensitivity.tolist() == [1.0] * E
 
 
 def test_costs_are_written_in_place() -> None:
@@ -395,9 +409,9 @@ def test_loaded_opening_costs_act() -> None:
     assert not saver.couples_tokens
 
 
-@pytest.mark.parametrize("k_min", [-1, 5])
-def test_k_min_outside_its_range_is_refused(k_min: int) -> None:
-    with pytest.raises(RoutingError, match=f"k_min is {k_min}"):
+@pytest.mark.parametrize("k_min", [-1, 5, 1.5, True, "1", None])
+def test_k_min_outside_its_range_is_refused(k_min: Any) -> None:
+    with pytest.raises(RoutingError, match=f"k_min is {k_min!r}"):
         _router(4, k_min=k_min)
 
 
