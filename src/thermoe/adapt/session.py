@@ -41,7 +41,9 @@ FEEDBACKS: tuple[Feedback, ...] = get_args(Feedback)
 STATE_VERSION = 1
 #: Most time that searches for the price may take: those after a window, and those in between.
 WINDOW_SHARE, SEARCH_SHARE = 0.25, 0.05
-_NO_FORWARD = "no forward of this phase was counted yet"
+#: Nats per joule; times the joules of a token-expert pair it stays far below what float32 holds.
+HIGHEST_PRICE = 1e30
+_NO_FORWARD = "no forward of this phase was held to anything yet"
 _Given = Budget | float | str | Mapping[str, Any] | None
 
 
@@ -171,7 +173,12 @@ class AdaptiveSession:
         return stack.enter_context(EnergyMeter(devices=boards or "cpu"))
 
     def _after_forward(self) -> None:
-        if self._auto_step is not None and len(self._opened("step").log) >= self._auto_step:
+        if self._auto_step is None:
+            return
+        log = self._opened("step").log
+        # The first forward of a phase counts at once: a short generation would be over before it is held to anything.
+        unknown = self.budget is not None and bool(log.phases - set(self._outputs))
+        if len(log) >= self._auto_step or (unknown and self._held_against != "nothing"):
             self.step()
 
     def observe(self, batch_size: int, sequence_length: int) -> None:
@@ -316,14 +323,17 @@ class AdaptiveSession:
         """Fix the price, in nats per joule, of a phase or of both; for sweeps, and without a budget only.
 
         Raises:
-            ConfigError: the price is no finite number of at least 0, or there is a budget.
+            ConfigError: the price is no number of at least 0 that routers can hold, or there is a budget.
+            UnknownNameError: no such phase.
         """
+        if phase is not None and phase not in PHASES:
+            raise UnknownNameError.of("phase", str(phase), PHASES, where="phase")
         is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
-        if self.budget is not None or not is_number or not 0 <= price < float("inf"):
+        if self.budget is not None or not is_number or not 0 <= price < HIGHEST_PRICE:
             raise ConfigError(
                 f"the price is to be {price!r}" + (f" beside the budget {self.budget}" if self.budget else ""),
                 where="AdaptiveSession.set_price",
-                accepted="a finite number of nats per joule of at least 0, in a session without a budget",
+                accepted=f"nats per joule from 0 to {HIGHEST_PRICE:g}, in a session without a budget",
                 fix="call set_budget(None) first" if self.budget else "use 0 for the baseline",
             )
         for name in PHASES if phase is None else (phase,):
@@ -392,9 +402,20 @@ class AdaptiveSession:
                 accepted=f"what state_dict returned, version {STATE_VERSION}",
                 fix="start afresh, without the state",
             )
-        tally = Tally.from_state(state["tally"])
-        self._controller.load_state_dict(state["controller"])
-        self.tally, self.budget = tally, self._controller.budget
-        self.prices = {phase: float(state["prices"][phase]) for phase in PHASES}
-        self._outputs = {}
+        before = self._controller.state_dict()
+        try:
+            tally = Tally.from_state(state["tally"])
+            prices: dict[Phase, float] = {phase: float(state["prices"][phase]) for phase in PHASES}
+            if not all(0 <= price < HIGHEST_PRICE for price in prices.values()):
+                raise ValueError(f"prices of {prices}")
+            self._controller.load_state_dict(state["controller"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._controller.load_state_dict(before)
+            raise CheckpointError(
+                f"the session state cannot be taken up: {type(error).__name__}: {error}",
+                where="AdaptiveSession.load_state_dict",
+                accepted="what state_dict returned",
+                fix="start afresh, without the state",
+            ) from error
+        self.tally, self.budget, self.prices, self._outputs = tally, self._controller.budget, prices, {}
         self._push()

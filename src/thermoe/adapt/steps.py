@@ -149,6 +149,12 @@ class ForwardLog:
         if self._held_rows > HELD_ROWS:
             self._fold()
 
+    @property
+    def phases(self) -> set[Phase]:
+        """The phases of the forwards not yet counted."""
+        folded = {phase for marks, _ in self._folded for _, phase, _, _ in marks}
+        return folded | {forward.phase for _, forward, _ in self._held}
+
     def __len__(self) -> int:
         return len(self._held) + sum(len(marks) for marks, _ in self._folded)
 

@@ -219,10 +219,10 @@ def test_generate_with_one_step_after_it_and_with_steps_inside(meter: EnergyMete
         )
     with AdaptiveSession(model, 0.3, meter=meter, cost_model=COST, auto_step=4, on_step=steps.append) as session:
         model.generate(IDS, **options)
-        assert [m["forwards"] for m in steps] == [4] * 5
-        assert steps[-1]["tokens_total"] == 36 + 3 * 19
+        assert [m["forwards"] for m in steps] == [1, 1, 4, 4, 4, 4], "at once where a phase begins"
+        assert session.step()["tokens_total"] == 36 + 3 * 19
         assert {m["decode/price"] > 0 for m in steps[1:]} == {True}
-        assert session.metrics is steps[-1]
+        assert session.metrics is steps[-1] and steps[-1]["forwards"] == 2
 
 
 def test_a_forward_reads_no_device(meter: EnergyMeter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,3 +487,33 @@ def test_leaving_does_not_turn_back_the_mode_of_the_model(kind: str, meter: Ener
     with AdaptiveSession(model, 1e-6, meter=meter):
         model.train()
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), 1e39, 10**400, True, "1"])
+def test_a_price_that_is_refused_changes_nothing(price: Any) -> None:
+    with AdaptiveSession(tiny_moe(), meter=EnergyMeter(telemetry="off")) as session:
+        session.set_price(0.5)
+        with pytest.raises(ConfigError, match="the price is to be"):
+            session.set_price(price)
+        with pytest.raises(UnknownNameError, match="phase"):
+            session.set_price(0.1, "train")  # type: ignore[arg-type]
+        assert session.prices == {"prefill": 0.5, "decode": 0.5}
+
+
+@pytest.mark.parametrize("change", [{"tally": {}}, {"tally": None}, {"prices": {}}, {"controller": []}])
+def test_a_damaged_state_is_refused_whole(change: dict[str, Any]) -> None:
+    model, meter = tiny_moe(), EnergyMeter(telemetry="off")
+    good = AdaptiveSession(model, "3 mJ/token", meter=meter).state_dict()
+    session = AdaptiveSession(model, "5 mJ/token", meter=meter)
+    before = session.state_dict()
+    with pytest.raises(CheckpointError):
+        session.load_state_dict({**good, **change})
+    assert session.state_dict() == before and session.budget == Budget.parse("5 mJ/token")
+
+
+def test_a_generation_shorter_than_the_steps_is_held_from_its_second_token() -> None:
+    model = tiny_moe(num_experts=8, top_k=4)
+    with AdaptiveSession(model, 1e-12, meter=EnergyMeter(telemetry="off"), auto_step=8) as session:
+        model.generate(random_tokens(4, 5), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        session.step()
+        assert session.prices["decode"] > 0 and session.state_of("decode")[0] == "INFEASIBLE"
