@@ -251,6 +251,7 @@ class PricedRouter(TopKRouter):
         k_min: int,
         k_max: int,
     ) -> Tensor:
+        logits, probabilities = logits.detach(), probabilities.detach()  # a choice of ids has no gradient
         if self.drop == "none":  # what is never closed is open to all
             coupling = None
         groups = -(-len(logits) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
