@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cuda_graph import captured
 from static_decode import StaticDecoder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -264,25 +265,6 @@ def run_shape(args: argparse.Namespace, run: RunFolder, *_: Any) -> None:
                                distinct_experts=distinct, experts_per_token=k, **found)  # fmt: skip
                     print(f"OLMoE shape B={batch} {kind} {price:g}: {1e3 * (found['j_per_token'] or math.nan):.2f} mJ, "
                           f"T {distinct:.1f}, k {k:.2f}, {found['tokens_per_s']:.0f} tok/s", flush=True)  # fmt: skip
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Return the replay of ``run`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
 
 
 def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from cuda_graph import captured
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -104,20 +105,6 @@ def check(found: list[Tensor], exact: list[Tensor], what: str) -> float:
     if not max(errors) < TOLERANCE:
         raise SystemExit(f"{what} is wrong: relative errors {[f'{e:.1e}' for e in errors]} of out, x, weights, experts")
     return max(errors)
-
-
-def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """Return the replay of ``run`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def median_ms(run: Callable[[], object]) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cuda_graph import captured
 from torch import Tensor
 
 from thermoe.moe.decision import RoutingContext
@@ -59,25 +60,6 @@ def routed(router: Router, x: Tensor, context: RoutingContext) -> Callable[[], t
         return decision.weights, decision.counts, decision.opened
 
     return run
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Return the replay of ``run``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
 
 
 def median_us(run: Callable[[], object], device: str, budget_s: float) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from cuda_graph import captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,16 +72,7 @@ class StaticDecoder:
         """Record the step into a CUDA graph; on a CPU it stays as it is."""
         if not self.rows.is_cuda:
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self.run = graph.replay
+        self.run = captured(self._step)
         self.restart()
 
     @torch.no_grad()

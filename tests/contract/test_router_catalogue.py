@@ -53,7 +53,7 @@ def _train(model: Any, steps: int) -> None:
     for _ in range(steps):
         loss = model(IDS, labels=IDS).loss
         decisions = collect_routing(model)
-        balance = routing_loss(decisions.values(), {"switch": 0.01, "z_loss": 1e-3})
+        balance = routing_loss(decisions.values(), {"switch": 0.005, "z_loss": 5e-4})
         (loss + balance).backward()
         for name, layer in moe_layers(model):
             layer.router.observe(decisions[name])
@@ -83,14 +83,12 @@ def test_every_router_trains_and_comes_back_from_the_disk(name: str, tmp_path: P
     set_router(model, name, top_k=3, **OPTIONS.get(name, {}))
     start = [copy.deepcopy(router.state_dict()) for router in _routers(model)]
     _train(model, 3)
-    moved: set[str] = set()
     for router, old in zip(_routers(model), start, strict=True):
         for key, value in router.named_parameters():
             assert not torch.equal(value, old[key]), f"{key} has not moved"
             assert torch.isfinite(value).all()
-        moved |= {key for key in router.adaptive if not torch.equal(getattr(router, key), old[key])}
-    # In one layer an error of exactly 0 may be where it has moved to.
-    assert moved == set(_routers(model)[0].adaptive)
+        moved = [key for key in router.adaptive if not torch.equal(getattr(router, key), old[key])]
+        assert set(moved) == set(router.adaptive)
     trained = _logits(model)
     model.save_pretrained(tmp_path)
     # A copy out of the mapped file: how matrix products round depends on where their operands lie.

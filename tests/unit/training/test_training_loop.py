@@ -24,7 +24,7 @@ from thermoe.training.settings import TrainSettings
 from thermoe.training.trainer import MoETrainer, TokenRows
 
 ROWS = random_tokens(12, 16)
-BALANCE = {"switch": 0.3, "z_loss": 0.05}
+BALANCE = {"switch": 0.15, "z_loss": 0.025}  # in each of two layers
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -66,9 +66,9 @@ def interrupt_at(step: int) -> Callable[[int], None]:
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_moe])
 def test_loss_falls_on_a_tiny_corpus(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     logged = train(build(), tmp_path, steps=30, log_every=10, lr=1e-2)
-    losses = [row.get("lm_loss", row["loss"]) for row in logged]
+    losses = [row["loss"] for row in logged]
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     assert [row["tokens"] for row in logged] == [step * 4 * 16 for step in (10, 20, 30)]
 
 
