@@ -267,6 +267,28 @@ def run_shape(args: argparse.Namespace, run: RunFolder, *_: Any) -> None:
                           f"T {distinct:.1f}, k {k:.2f}, {found['tokens_per_s']:.0f} tok/s", flush=True)  # fmt: skip
 
 
+def budget_of(entry: str, free: dict[str, Any]) -> tuple[str | None, str]:
+    """Return a budget and the name in the history that answers to it.
+
+    Args:
+        entry: "free" is no budget, "0.85" is a share of the free joules per token, "0.9W" of the free watts, "3C" degrees below the free
+            temperature.
+        free: what was measured without a budget.
+    """
+    if entry == "free":
+        return None, "j_per_token_measured"
+    if entry.endswith("W"):
+        return f"{float(entry[:-1]) * free['power_w']:.1f} W", "power_w"
+    if entry.endswith("C"):
+        return f"{free['temp_c'] - float(entry[:-1]):.1f} C", "temp_c"
+    return f"{1e3 * float(entry) * free['j_per_token']:.4f} mJ/token", "j_per_token_measured"
+
+
+def lag_row(lag: Any) -> dict[str, Any] | None:
+    """Return a lag in its three units."""
+    return None if lag is None else {"ms": lag.ms, "tokens": lag.tokens, "windows": lag.windows}
+
+
 def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: dict[str, Tensor]) -> None:
     """Hold a budget in decoding for a while, then a step to another one; measured and modelled feedback."""
     from thermoe import AdaptiveSession
@@ -274,7 +296,7 @@ def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: d
     batch = args.loop_batch
     table = next(iter(rows.values()))
     with EnergyMeter(devices=args.device) as meter:
-        for feedback in ("measured", "modelled"):
+        for feedback in args.loop_feedback:
             set_router(model, "topk")
             set_router(model, "priced", benefit="distortion")
             for name, module in routed_modules(model):
@@ -284,10 +306,11 @@ def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: d
             ) as session:
                 decoder = StaticDecoder(model, table[:batch])
                 decoder.capture()
-                free = measured(meter, "free", decoder.step, batch, 2.0)["j_per_token"]
+                free = measured(meter, "free", decoder.step, batch, args.loop_free_s)
                 begun = time.perf_counter()
-                for phase, (frac, seconds) in enumerate(args.loop_plan):
-                    session.set_budget(frac * free)
+                for phase, (entry, seconds) in enumerate(args.loop_plan):
+                    budget, watched = budget_of(entry, free)
+                    session.set_budget(budget)
                     end = time.perf_counter() + seconds
                     while time.perf_counter() < end:
                         for _ in range(args.loop_steps):
@@ -297,13 +320,19 @@ def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: d
                         keep = ("j_per_token_measured", "j_per_token_modelled", "price", "state", "distinct_experts",
                                 "experts_per_token", "power_w", "temp_c", "cost_target_j", "reason")  # fmt: skip
                         run.append("loop", feedback=feedback, part=phase, t_s=time.perf_counter() - begun,
-                                   budget_j=frac * free, free_j=free, **{k: metrics.get(k) for k in keep})  # fmt: skip
-                    late = [r["j_per_token_measured"] for r in list(session.tally.history)[-3:]]
-                    print(f"{feedback} budget {1e3 * frac * free:.3f} mJ: last windows "
-                          f"{[v and round(1e3 * v, 3) for v in late]}, {metrics['state']}", flush=True)  # fmt: skip
+                                   budget=budget, free_j=free["j_per_token"],
+                                   **{k: metrics.get(k) for k in keep})  # fmt: skip
+                    late = [r[watched] for r in list(session.tally.history)[-3:]]
+                    for name in (watched, "j_per_token_modelled"):
+                        lags = session.tally.reaction("decode", name)
+                        answer = {k: lag_row(getattr(lags, k)) for k in ("detection", "rise_63", "settling")}
+                        run.append(
+                            "lag", feedback=feedback, part=phase, budget=budget, watched=name, final=lags.final, overshoot=lags.overshoot, reason=lags.reason, **answer
+                        )  # fmt: skip
+                    print(f"{feedback} {budget}: last windows {late} of {watched}, {metrics['state']}", flush=True)
+                    print(session.report(), flush=True)
                 for row in session.tally.history:
-                    run.append("window", feedback=feedback, free_j=free, **row)
-                print(session.report(), flush=True)
+                    run.append("window", feedback=feedback, free_j=free["j_per_token"], **row)
 
 
 def main() -> None:
@@ -323,10 +352,14 @@ def main() -> None:
     parser.add_argument("--loop-batch", type=int, default=16)
     parser.add_argument("--loop-steps", type=int, default=64, help="decode steps between two steps of the session")
     parser.add_argument(
-        "--loop-plan", default="0.85:45,0.75:30", help="share of the free joules per token: seconds, ..."
+        "--loop-plan",
+        default="free:10,0.9:60,0.8:60",
+        help="budget:seconds, ...; 0.9 of the free joules per token, 0.9W of the free watts, 3C below the free degrees",
     )
+    parser.add_argument("--loop-feedback", type=lambda t: t.split(","), default=["measured", "modelled"])
+    parser.add_argument("--loop-free-s", type=float, default=4.0, help="seconds without a budget before, at least")
     args = parser.parse_args()
-    args.loop_plan = [tuple(float(v) for v in part.split(":")) for part in args.loop_plan.split(",")]
+    args.loop_plan = [(entry, float(s)) for entry, s in (part.split(":") for part in args.loop_plan.split(","))]
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     args.gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
