@@ -271,8 +271,8 @@ def budget_of(entry: str, free: dict[str, Any]) -> tuple[str | None, str]:
     """Return a budget and the name in the history that answers to it.
 
     Args:
-        entry: "free" is no budget, "0.85" is a share of the free joules per token, "0.9W" of the free watts, "3C" degrees below the free
-            temperature.
+        entry: "free" is no budget, "0.85" a share of the free joules per token, "0.9W" of the free watts, "3C" means
+            degrees below the free temperature.
         free: what was measured without a budget.
     """
     if entry == "free":
@@ -325,10 +325,11 @@ def run_loop(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: d
                     late = [r[watched] for r in list(session.tally.history)[-3:]]
                     for name in (watched, "j_per_token_modelled"):
                         lags = session.tally.reaction("decode", name)
-                        answer = {k: lag_row(getattr(lags, k)) for k in ("detection", "rise_63", "settling")}
-                        run.append(
-                            "lag", feedback=feedback, part=phase, budget=budget, watched=name, final=lags.final, overshoot=lags.overshoot, reason=lags.reason, **answer
-                        )  # fmt: skip
+                        answer: dict[str, Any] = {
+                            k: lag_row(getattr(lags, k)) for k in ("detection", "rise_63", "settling")
+                        }
+                        answer |= {"final": lags.final, "overshoot": lags.overshoot, "reason": lags.reason}
+                        run.append("lag", feedback=feedback, part=phase, budget=budget, watched=name, **answer)
                     print(f"{feedback} {budget}: last windows {late} of {watched}, {metrics['state']}", flush=True)
                     print(session.report(), flush=True)
                 for row in session.tally.history:
