@@ -225,27 +225,11 @@ def convert(
 
     Writes weights, configuration, tokenizer and a model card; OUT appears when everything is written.
     """
-    import yaml
     from rich.console import Console
 
     _quiet_libraries()
-    from thermoe.errors import ConfigError
-    from thermoe.models.command import run_convert
+    from thermoe.models.command import parse_options, run_convert
 
-    options = {}
-    for text in set_ or []:
-        key, sign, value = text.partition("=")
-        try:
-            options[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            sign = ""
-        if not (key.strip() and sign):
-            raise ConfigError(
-                f"{text!r} has no name and value that can be read",
-                where="--set",
-                accepted="KEY=VALUE",
-                fix="write for example --set price=0.1",
-            )
     console = Console()
     folder = run_convert(
         console,
@@ -256,7 +240,7 @@ def convert(
         top_k=top_k,
         layers=layers,
         router=router,
-        options=options,
+        options=parse_options(set_ or []),
         tokenizer=tokenizer,
         seed=seed,
     )

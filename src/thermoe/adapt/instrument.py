@@ -1,13 +1,17 @@
 """What a session does to a model, and undoes: priced routers that know their costs, and a hook that sees every forward.
 
 The hook keeps references to the decisions of a forward and, on a GPU, records an event behind its work. It reads no
-device. Leaving puts the routers that were replaced back, the same objects, and the buffers of those that were priced
-before back to the value they had; routers that were attached to a model's own for the time being are detached.
+device. Leaving puts the routers back that were there, the same objects, whoever put others in their place, and the
+buffers of those that were priced before back to the value they had (`keeping.py`).
+
+Forwards and steps may come from different threads. A forward made while another thread searches for a price is counted
+like any other, and its rows are not kept for the search, so that it neither waits nor changes what is searched.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -16,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt.budget import PHASES, Phase
+from thermoe.adapt.keeping import keep_routers
 from thermoe.adapt.price import PriceSolver
-from thermoe.adapt.steps import Forward, ForwardLog, HostMark
+from thermoe.adapt.steps import Forward, ForwardCount, ForwardLog, HostMark
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.work import ModelWork
 from thermoe.energy.workload import EventClock
@@ -49,6 +54,7 @@ class Instrument:
     Attributes:
         solver: the inner loop, with the rows of the forwards seen.
         log: the forwards not yet counted.
+        searching: held by who reads the solver.
 
     Raises:
         RoutingError: no router can have a price, and one is needed.
@@ -69,7 +75,9 @@ class Instrument:
         self.solver = PriceSolver(model, cost_model, ModelWork.of(model))
         self.log = ForwardLog(self.solver.table, len(self.solver.modules))
         self._last: list[RoutingDecision | None] = [None] * len(self.solver.modules)
-        self._routers: list[PricedRouter] = []
+        self._priced: list[PricedRouter] = []
+        self._noting = threading.Lock()
+        self.searching = threading.RLock()
         self._events: EventClock | None = None
         self._events_since_s = -math.inf
         self.renew_clock()
@@ -84,28 +92,22 @@ class Instrument:
         self._undo.close()
 
     def _price_routers(self, stack: ExitStack, options: Mapping[str, Any], needs_price: bool) -> None:
-        named = dict(routed_modules(self._model))
-        routers = {name: module.router for name, module in named.items()}
+        routers = {name: module.router for name, module in routed_modules(self._model)}
         for name, router in routers.items():
-            if isinstance(router, PricedRouter):
-                if router.price.is_meta:
-                    raise ConfigError(
-                        "the router is offloaded, so that no price would reach it",
-                        where=name,
-                        accepted="priced routers in memory",
-                        fix="keep the routers on the device in the device_map, or load the model in memory",
-                    )
-                stack.callback(_restore, router, _state_of(router))
+            if isinstance(router, PricedRouter) and router.price.is_meta:
+                raise ConfigError(
+                    "the router is offloaded, so that no price would reach it",
+                    where=name,
+                    accepted="priced routers in memory",
+                    fix="keep the routers on the device in the device_map, or load the model in memory",
+                )
+        stack.callback(keep_routers(self._model))
         plain = [name for name, router in routers.items() if type(router) is TopKRouter]
         if plain:
             # The benefit with a kernel: the other one passes over the experts one by one.
-            settings = {"benefit": "distortion", **options}
-            stack.callback(set_router, self._model, set_router(self._model, "priced", layers=plain, **settings))
-        for place, module in enumerate(self.solver.modules):
-            if isinstance(module.router, PricedRouter):
-                module.router.set_costs(*self.solver.table.relative(place, module.router.num_experts))
-                self._routers.append(module.router)
-        if needs_price and not self._routers:
+            set_router(self._model, "priced", layers=plain, **{"benefit": "distortion", **options})
+        self._give_costs()
+        if needs_price and not self._priced:
             kinds = ", ".join(sorted({type(router).__name__ for router in routers.values()}))
             raise RoutingError(
                 f"no router of the model can have a price ({kinds})",
@@ -114,27 +116,47 @@ class Instrument:
                 fix='call thermoe.set_router(model, "priced") first, if the choice may become that of top-k',
             )
 
+    def _give_costs(self) -> None:
+        """Tell priced routers that are new here what their experts cost."""
+        present = [
+            (place, module.router)
+            for place, module in enumerate(self.solver.modules)
+            if isinstance(module.router, PricedRouter)
+        ]
+        for place, router in present:
+            if not any(router is known for known in self._priced):
+                router.set_costs(*self.solver.table.relative(place, router.num_experts))
+        self._priced = [router for _, router in present]
+
     def push(self, prices: Mapping[Phase, float]) -> None:
         """Give the routers their prices, in nats per joule, by phase."""
-        for router in self._routers:
+        self._give_costs()
+        for router in self._priced:
             for phase in PHASES:
                 router.set_price(prices[phase] * self.solver.table.unit_j, phase)
 
     # -- seeing forwards ----------------------------------------------------------------------------------------------
+
+    def take(self) -> list[ForwardCount]:
+        """Return the counts of all forwards since the last call; waits for the device."""
+        with self._noting:
+            log, self.log = self.log, ForwardLog(self.solver.table, len(self.solver.modules))
+        return log.take()
 
     def renew_clock(self) -> None:
         """Set the clock that tells when a forward has finished, if it is time; waits for the device then.
 
         On the CPU a forward has finished when the hook is called.
         """
-        now_s = self._clock.now_s()
-        if now_s - self._events_since_s < EVENT_CLOCK_S:
-            return
-        self._events, self._events_since_s = None, now_s
-        self._device = next(self.solver.modules[-1].parameters()).device
-        if self._device.type == "cuda" and not self._clock.virtual:
-            with torch.cuda.device(self._device):
-                self._events = EventClock()
+        with self._noting:
+            now_s = self._clock.now_s()
+            if now_s - self._events_since_s < EVENT_CLOCK_S:
+                return
+            self._events, self._events_since_s = None, now_s
+            self._device = next(self.solver.modules[-1].parameters()).device
+            if self._device.type == "cuda" and not self._clock.virtual:
+                with torch.cuda.device(self._device):
+                    self._events = EventClock()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():  # the session has a method for these
@@ -149,21 +171,26 @@ class Instrument:
             shape: (sequences, positions) of the call, where known.
             copy: copy the decisions, on the device, for something will write over them.
         """
-        present = [module.last_routing for module in self.solver.modules]
-        # A module that did not run still holds the decision of an earlier forward.
-        ran = [d if copy or d is not old else None for d, old in zip(present, self._last, strict=True)]
-        self._last = present
-        forward = Forward.of(ran, shape)
-        if forward is None:
-            return
-        if copy:
-            forward = forward.tail(forward.rows)
-        if self._events is None:
-            self.log.add(forward, HostMark(self._clock.now_s()))
-        else:
-            with torch.cuda.device(self._device):
-                self.log.add(forward, self._events.mark())
-        self.solver.keep(forward)
+        with self._noting:
+            present = [module.last_routing for module in self.solver.modules]
+            # A module that did not run still holds the decision of an earlier forward.
+            ran = [d if copy or d is not old else None for d, old in zip(present, self._last, strict=True)]
+            self._last = present
+            forward = Forward.of(ran, shape)
+            if forward is None:
+                return
+            if copy:
+                forward = forward.tail(forward.rows)
+            if self._events is None:
+                self.log.add(forward, HostMark(self._clock.now_s()))
+            else:
+                with torch.cuda.device(self._device):
+                    self.log.add(forward, self._events.mark())
+        if self.searching.acquire(blocking=False):
+            try:
+                self.solver.keep(forward)
+            finally:
+                self.searching.release()
 
 
 def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -171,20 +198,3 @@ def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] 
     given = [kwargs.get(name) for name in _TOKEN_ARGUMENTS] + list(args[:1])
     found = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
     return None if found is None else (found.shape[0], found.shape[1])
-
-
-def _state_of(router: PricedRouter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies of a router's own buffers, and its plain attributes."""
-    plain = {name: value for name, value in vars(router).items() if isinstance(value, (bool, int, float, str))}
-    del plain["training"]  # the mode is the model's: who changed it inside meant all of the model
-    return {name: buffer.clone() for name, buffer in router.named_buffers(recurse=False)}, plain
-
-
-def _restore(router: PricedRouter, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-    """Write a router's buffers and plain attributes back; the same tensors, for a captured graph reads them."""
-    buffers, plain = state
-    with torch.no_grad():
-        for name, value in buffers.items():
-            getattr(router, name).copy_(value)
-    for name, value in plain.items():
-        setattr(router, name, value)

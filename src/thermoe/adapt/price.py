@@ -109,7 +109,8 @@ class PriceSolver:
             limit = min(limit, COUPLED_ROWS if forward.device.type == "cuda" else COUPLED_ROWS_CPU)
         if forward.rows > limit:
             forward = forward.tail(limit)
-        if kept and _layout(kept[-1]) != _layout(forward):  # other layers ran: the old rows say nothing of these
+        # Other layers ran, or the model is on another device now: the old rows say nothing of these.
+        if kept and (_layout(kept[-1]), kept[-1].device) != (_layout(forward), forward.device):
             kept.clear()
             self._count[phase] = 0
         kept.append(forward)

@@ -163,7 +163,9 @@ class ForwardLog:
         """Form the counts of all forwards held, on the device: those of one shape together."""
         alike: dict[Any, list[tuple[int, Forward, Mark]]] = defaultdict(list)
         for entry in self._held:
-            alike[tuple(None if d is None else d.expert_index.shape for d in entry[1].decisions)].append(entry)
+            decisions = entry[1].decisions
+            kind = tuple(None if d is None else (d.expert_index.shape, d.expert_index.device) for d in decisions)
+            alike[kind].append(entry)
         for entries in alike.values():
             forwards = [forward for _, forward, _ in entries]
             layers = sum(decision is not None for decision in forwards[0].decisions)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -247,6 +248,29 @@ def _probe(config: Any, seed: int) -> torch.Tensor:
     rows = PROBE_ROWS if getattr(config, "pad_token_id", None) is not None else 1
     length = min(PROBE_TOKENS, max(1, int(getattr(config, "max_position_embeddings", PROBE_TOKENS)) - 2))
     return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that ``KEY=VALUE`` texts name; values are read as YAML.
+
+    Raises:
+        ConfigError: a text has no name, or no value that can be read.
+    """
+    options = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            sign = ""
+        if not (key.strip() and sign):
+            raise ConfigError(
+                f"{text!r} has no name and value that can be read",
+                where="--set",
+                accepted="KEY=VALUE",
+                fix="write for example --set price=0.1",
+            )
+    return options
 
 
 def run_convert(
