@@ -14,7 +14,7 @@ from typing import Any, Literal
 from thermoe.errors import ConfigError
 
 Law = Literal["cascade", "dual"]
-LARGEST_GAIN = 0.148
+LARGEST_GAIN = 0.25
 
 
 def stability_bound(delay_windows: int) -> float:
@@ -40,7 +40,7 @@ class ControlSettings:
         law: ``cascade`` moves a cost target, ``dual`` a price.
         delay_windows: whole windows from a decision to the first reading that shows it.
         period_s: nominal length of a window, in seconds.
-        eta: loop gain; ``None`` takes the largest without overshoot for the delay, at most 0.148.
+        eta: loop gain; ``None`` takes the largest without overshoot for the delay, at most 0.25.
         dead_band: largest dead-band, relative to the limit; 0 switches it off.
         slew: largest move by feedback in one window, as a part of the cost range; ``inf`` switches it off.
         refine_slope: follow the measured slope within [0.5, 2] of the modelled one.

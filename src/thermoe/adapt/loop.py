@@ -32,6 +32,8 @@ PARKED_WINDOWS = 2
 FULL_STEP_REL = 0.05
 #: A loop that does not bind waits at most this part of the range above the one that does.
 HEADROOM = 0.1
+#: A target this near to the end of its range, in parts of it, is there: the end itself moves with the rows it is from.
+AT_END = 0.01
 #: A range narrower than this part of its top leaves nothing to choose.
 NO_RANGE_REL = 1e-3
 
@@ -202,7 +204,7 @@ class Loop:
         """Whether nothing cheaper is left to ask for."""
         if self.settings.law == "dual":
             return self.price == self.settings.price_max
-        return self.asked == self.low
+        return self.asked is not None and self.asked - self.low <= AT_END * (self.high - self.low)
 
     @property
     def at_ceiling(self) -> bool:

@@ -40,6 +40,8 @@ class PriceHolder:
         self._since_solved: dict[Phase, int] = dict.fromkeys(PHASES, 0)
         #: When the last search of a phase ended, how long it took, and the rows it had.
         self._searched: dict[Phase, tuple[float, float, int]] = {}
+        #: When the first search of a phase was done.
+        self._ready_s: dict[Phase, float] = {}
         self._costs: dict[Phase, CostRange] = {}
 
     @property
@@ -49,7 +51,7 @@ class PriceHolder:
 
     def begin(self) -> None:
         """Forget what was known of the model; prices stay."""
-        self._searched, self._costs, self.outputs = {}, {}, {}
+        self._searched, self._ready_s, self._costs, self.outputs = {}, {}, {}, {}
 
     def due(self, phase: Phase, *, ran: bool, solve_every: int) -> bool:
         """Count a step in which a phase ``ran`` or not, and return whether it is time to ask about its price again."""
@@ -76,7 +78,9 @@ class PriceHolder:
             return
         self._costs[phase] = costs
         # A reading of a price that could not follow its target yet would make the target run away from it.
-        if reading is None or (reading.status == "valid" and not searches):
+        # In one that the first search fell into, the device waited for the host to compile.
+        began_ready = reading is not None and reading.t_s - reading.window_s >= self._ready_s.get(phase, began_s)
+        if reading is None or (reading.status == "valid" and not (searches and began_ready)):
             output = self._controller.output(phase, costs)
         else:
             output = self._controller.update(reading, costs)
@@ -90,6 +94,7 @@ class PriceHolder:
             # The first search compiles kernels; it says nothing of how long the next will take.
             took_s = clock.now_s() - began_s if phase in self._searched else 0.0
             self._searched[phase] = clock.now_s(), took_s, solver.rows(phase)
+            self._ready_s.setdefault(phase, clock.now_s())
 
     def set_budget(self, budget: Budget | None) -> None:
         """Hold another budget; prices begin at 0 until it is asked about them."""

@@ -45,6 +45,8 @@ from thermoe.telemetry.meter import EnergyMeter
 
 _NO_FORWARD = "no forward of this phase was held to anything yet"
 _Given = Budget | float | str | Mapping[str, Any] | None
+#: A price acts in the next forward; the window after the one that it came in is all of its making.
+DELAY_WINDOWS = 1
 
 
 class AdaptiveSession:
@@ -105,7 +107,8 @@ class AdaptiveSession:
         self._cost_model = cost_model
         self._instrument: Instrument | None = None
         parsed = self._parsed(budget)
-        self._holder = PriceHolder(BudgetController(parsed, **{"period_s": window_s, **(control or {})}))
+        settings = {"period_s": window_s, "delay_windows": DELAY_WINDOWS, **(control or {})}
+        self._holder = PriceHolder(BudgetController(parsed, **settings))
         self._meter_given, self._meter = meter, meter
         self._sensing: Sensing | None = None
         self._provenance_modelled, self._cost_reason = "estimated", "not chosen yet"

@@ -48,7 +48,7 @@ def test_noise_above_3_percent_halves_the_gain_and_noise_of_3_does_not() -> None
         plant = tracking(windows=100, noise=noise)
         assert plant.output is not None
         gains[noise] = plant.output.loops["j_per_token"].gain
-    assert gains == {0.03: 0.148, 0.08: 0.074}
+    assert gains == pytest.approx({0.03: 4 / 27, 0.08: 2 / 27})
 
 
 @pytest.mark.parametrize("slope", [0.6, 1.0, 1.7])
@@ -145,4 +145,4 @@ def test_feedback_starts_from_the_range_that_there_is() -> None:
     for number in range(10):
         assert window(number, 0.03, 0.03, COSTS) == 0.03
     narrow = CostRange(low_j=0.01, high_j=0.02)
-    assert window(10, 0.034, 0.02, narrow) == pytest.approx(0.02 - 0.148 * 0.004)
+    assert window(10, 0.034, 0.02, narrow) == pytest.approx(0.02 - 0.25 * 0.004)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from session_rig import FORWARD_S, Rig, joules_of
 
+from thermoe.adapt.controller import BudgetController
+from thermoe.adapt.price import PriceSolver
+from thermoe.adapt.readings import ControlReading
 from thermoe.adapt.steps import EnergyWindows, ForwardCount
 from thermoe.telemetry.plant import Fault
 
@@ -73,6 +76,31 @@ def test_a_budget_below_the_floor_is_infeasible_and_one_above_is_slack() -> None
         high = rig.run(session, 24)[-1]
         assert high["state"] == "SLACK" and high["price"] == 0
         assert high["experts_per_token"] == 4
+
+
+def test_the_windows_that_the_first_search_fell_into_move_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    budget = 0.8 * free_j(rig)
+    ready_s: list[float] = []
+    moved: list[float] = []
+    cost_range, update = PriceSolver.cost_range, BudgetController.update
+
+    def slow_at_first(solver: PriceSolver, *args: Any) -> Any:
+        if not ready_s:
+            rig.load.set(rig.clock.now_s(), 0.0)  # the device waits for the host, which compiles
+            rig.clock.sleep_s(3.0)
+            ready_s.append(rig.clock.now_s())
+        return cost_range(solver, *args)
+
+    def noting(controller: BudgetController, reading: ControlReading, costs: Any) -> Any:
+        moved.append(reading.t_s - reading.window_s)
+        return update(controller, reading, costs)
+
+    monkeypatch.setattr(PriceSolver, "cost_range", slow_at_first)
+    monkeypatch.setattr(BudgetController, "update", noting)
+    with rig.session(budget) as session:
+        rig.run(session, 24)
+    assert ready_s and moved and min(moved) >= ready_s[0]
 
 
 def test_a_power_cap_is_held() -> None:
