@@ -46,7 +46,8 @@ def _total(mask, values):
 
 @triton.jit
 def _select_kernel(
-    p_ptr, logit_ptr, real_ptr, baseline_ptr, out_ptr, price_ptr, kappa_ptr, pair_ptr, open_ptr, s_ptr, T, N, G, E,
+    p_ptr, logit_ptr, real_ptr, baseline_ptr, out_ptr, price_ptr, kappa_ptr, pair_ptr, open_ptr, s_ptr,
+    favourite_weight, T, N, G, E,
     K: tl.constexpr, K_MIN: tl.constexpr, COUPLED: tl.constexpr, PROTECT: tl.constexpr, HAS_REAL: tl.constexpr,
     ROUNDS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +75,10 @@ def _select_kernel(
             product_all = s[None, :] * p * w
             opened = tl.max((own & real[:, None]).to(tl.int32), axis=0) > 0
             kept = there & (e < 0)
-            if PROTECT:
+            first = mask & (e[None, :] < 0)
+            if K_MIN > 0:
                 first, rest = _top(tl.where(mask, p, none), e, K_MIN)
+            if PROTECT:
                 kept = tl.max((first & real[:, None]).to(tl.int32), axis=0) > 0
             costs = price * tl.load(open_ptr + e, mask=there, other=0.0)
             step, closing = 0, 1
@@ -89,7 +92,8 @@ def _select_kernel(
                     (products + _total(spare, product_all))[:, None] - product_all,
                     (mass + _total(spare, p))[:, None] - p,
                 )
-                loss = tl.sum(tl.where(taken & (p > 0) & real[:, None], after - now[:, None], 0.0), axis=0)
+                lost = tl.where(taken & (p > 0) & real[:, None], after - now[:, None], 0.0)
+                loss = tl.sum(tl.where(first & (lost > 0), favourite_weight * lost, lost), axis=0)
                 saving = tl.maximum(tl.where(opened & (kept == 0), costs - loss, 0.0), 0.0)
                 wanted = tl.sum((saving > 0).to(tl.int32), axis=0)
                 most = tl.sum(opened.to(tl.int32), axis=0) - (K_MIN if K_MIN > 1 else 1)
@@ -154,6 +158,7 @@ def select(
     k_max: int,
     coupled: bool,
     protect: bool,
+    favourite_weight: float,
     rounds: int,
     share: float,
 ) -> Tensor:
@@ -163,7 +168,8 @@ def select(
     size = triton.cdiv(tokens, groups)
     block_n, block_e = max(2, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(experts))
     _select_kernel[(groups,)](
-        p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, tokens, size, groups, experts,
+        p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, favourite_weight, tokens,
+        size, groups, experts,
         K=k_max, K_MIN=k_min, COUPLED=coupled, PROTECT=protect and k_min > 0, HAS_REAL=real is not None,
         ROUNDS=rounds, SHARE=share, BLOCK_N=block_n, BLOCK_E=block_e,
         num_warps=16 if block_n * block_e > 4096 else min(8, max(1, block_n * block_e // 128)),
