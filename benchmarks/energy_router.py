@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,10 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], float]
 
 
 def install(model: nn.Module, args: argparse.Namespace, kind: str, price: float, *, grouped: bool = False) -> None:
-    """Give the model a policy; ``price`` is k0 for OEA, and in nats per opened expert (per pair in prefill) else."""
+    """Give the model a policy; ``price`` is k0 for OEA, and in nats per opened expert (per pair in prefill) else.
+
+    "priced-f2" weighs what a token loses with its favourite twice, "priced-favourites" closes no favourite.
+    """
     set_router(model, "topk")
     if kind == "topk":
         return
@@ -78,9 +82,11 @@ def install(model: nn.Module, args: argparse.Namespace, kind: str, price: float,
     relative = CostModel.prior(args.gpu).relative_costs(ModelWork.of(model).layers[0])
     opening = relative[1][0]
     benefit = "gate" if variant == "gate" else "distortion"
+    weight = re.fullmatch(r"f(\d+(?:\.\d+)?)", variant)
     set_router(
         model, "priced", price=price / opening, prefill_price=price, pair_cost=relative[0], open_cost=relative[1],
-        benefit=benefit, drop="phase2" if variant == "favourites" else "all", group_by_position=grouped,
+        benefit=benefit, drop="phase2" if variant == "favourites" else "all",
+        favourite_weight=float(weight[1]) if weight else 1.0, group_by_position=grouped,
     )  # fmt: skip
     for layer_name, module in routed_modules(model):
         uniform = variant in ("uniform", "gate")
@@ -93,14 +99,10 @@ def policies(args: argparse.Namespace, prices: tuple[float, ...]) -> Iterator[tu
     yield "topk", 0.0
     for k0 in range(1, args.top_k):
         yield "oea", float(k0)
-    for kind, scale in (
-        ("priced", args.mean),
-        ("priced-favourites", args.mean),
-        ("priced-uniform", args.mean),
-        ("priced-gate", 1.0),
-    ):
+    kinds = ["priced", "priced-f2", "priced-f4", "priced-f8", "priced-favourites"]
+    for kind in kinds + (["priced-uniform", "priced-gate"] if args.all_variants else []):
         for price in prices:
-            yield kind, price * scale
+            yield kind, price * (1.0 if kind == "priced-gate" else args.mean)
 
 
 @torch.no_grad()
@@ -348,6 +350,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=192, help="most rows of each text")
     parser.add_argument("--calibration-rows", type=int, default=32, help="rows of each text that measure sensitivity")
     parser.add_argument("--batches", type=lambda t: [int(v) for v in t.split(",")], default=[1, 16, 64])
+    parser.add_argument("--all-variants", action="store_true", help="fronts: also equal sensitivities, and the gate")
     parser.add_argument("--prefill-rows", type=int, default=16)
     parser.add_argument("--window-s", type=float, default=1.5)
     parser.add_argument("--loop-batch", type=int, default=16)

@@ -107,7 +107,9 @@ def _by_distortion(
     if coupled:
         open_price = (prices.unsqueeze(-1) * router.open_cost).repeat_interleave(groups, 0)
         real = _repeat(rows.real, count)
-        opened = close_by_distortion(p_GNE, real, open_price, weight, k_min, k_max, router.drop).unsqueeze(1)
+        opened = close_by_distortion(
+            p_GNE, real, open_price, weight, k_min, k_max, router.drop, router.favourite_weight
+        ).unsqueeze(1)
         value, index = torch.where(opened, p_GNE, -1.0).topk(k_max, -1)
         index = torch.where(value >= 0, index, experts)
     pair_price = (prices.unsqueeze(-1) * router.pair_cost).repeat_interleave(groups * tokens, 0)
@@ -125,10 +127,8 @@ def _by_kernel(
     p, real = rows.u.transpose(0, 1).flatten(0, 1), rows.real.transpose(0, 1).flatten() if coupled else None
     costs, protect = (router.pair_cost, router.open_cost, router.sensitivity), router.drop == "phase2"
     free = p.topk(k_max, -1).indices  # the answer at price 0, which is none of these
-    chosen = [
-        select_by_distortion(p, p, real, free, price, router.kappa, *costs, launched, k_min, k_max, coupled, protect)
-        for price in prices.unbind()
-    ]
+    rule = launched, k_min, k_max, coupled, protect, router.favourite_weight
+    chosen = [select_by_distortion(p, p, real, free, price, router.kappa, *costs, *rule) for price in prices.unbind()]
     index = torch.stack(chosen).unflatten(1, (tokens, groups)).transpose(1, 2)
     return index, index < experts
 

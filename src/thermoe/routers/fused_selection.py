@@ -51,6 +51,7 @@ def select_by_distortion(
     k_max: int,
     coupled: bool,
     protect: bool,
+    favourite_weight: float,
 ) -> Tensor:
     """Return ids int64 (T, K) of the priced choice, E for none.
 
@@ -69,18 +70,19 @@ def select_by_distortion(
         k_max: K.
         coupled: whether opening costs act.
         protect: whether the k_min best experts of a token stay open.
+        favourite_weight: on what a token loses by the closing of one of these.
     """
     from thermoe.routers.kernels.select import select
 
     return select(
         p.contiguous(), logits.contiguous(), None if real is None else real.contiguous(), baseline.contiguous(),
-        price, kappa, pair_cost, open_cost, sensitivity, groups, k_min, k_max, coupled, protect, selection.ROUNDS,
-        selection.SHARE,
+        price, kappa, pair_cost, open_cost, sensitivity, groups, k_min, k_max, coupled, protect,
+        favourite_weight, selection.ROUNDS, selection.SHARE,
     )  # fmt: skip
 
 
 @select_by_distortion.register_fake
 def _(p: Tensor, logits: Tensor, real: Tensor | None, baseline: Tensor, price: Tensor, kappa: Tensor, pair_cost: Tensor,
       open_cost: Tensor, sensitivity: Tensor, groups: int, k_min: int, k_max: int, coupled: bool,
-      protect: bool) -> Tensor:  # fmt: skip
+      protect: bool, favourite_weight: float) -> Tensor:  # fmt: skip
     return p.new_empty((p.shape[0], k_max), dtype=torch.int64)

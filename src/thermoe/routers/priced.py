@@ -62,6 +62,8 @@ class PricedRouter(TopKRouter):
         sensitivity: s_e of "distortion", from `thermoe.adapt.sensitivity`; ``None`` is 1 for each expert.
         kappa: nats of loss per unit of benefit in this layer; lets one price serve layers that matter unequally.
         drop: the drop pass: "all", "phase2" or "none".
+        favourite_weight: of "distortion" with "all": what a token loses by the closing of one of its own k_min best
+            experts counts so many times, from 1 towards "phase2", which never closes them.
         batch_invariant: ignore opening costs, so that an output never depends on the batch around it.
         group_by_position: score a prompt in decode grouping: tokens at one position are routed as one batch.
         options: those of `TopKRouter`.
@@ -73,7 +75,7 @@ class PricedRouter(TopKRouter):
 
     Raises:
         RoutingError: k_min is no integer in 0..top_k, or a cost, a sensitivity, kappa or a price is no number, negative
-            or not finite in float32.
+            or not finite in float32, or favourite_weight is no number from 1, or not 1 with the benefit "gate".
         UnknownNameError: no such benefit or drop pass.
     """
 
@@ -102,6 +104,7 @@ class PricedRouter(TopKRouter):
         sensitivity: Sequence[float] | None = None,
         kappa: float = 1.0,
         drop: DropPass = "all",
+        favourite_weight: float = 1.0,
         batch_invariant: bool = False,
         group_by_position: bool = False,
         **options: Any,
@@ -118,7 +121,22 @@ class PricedRouter(TopKRouter):
             raise UnknownNameError.of("drop pass", str(drop), DROP_PASSES, where="drop")
         if benefit not in BENEFITS:
             raise UnknownNameError.of("benefit", str(benefit), BENEFITS, where="benefit")
+        if not _is_amount(favourite_weight) or favourite_weight < 1:
+            raise RoutingError(
+                f"favourite_weight is {favourite_weight!r}",
+                where="favourite_weight",
+                accepted="a number of at least 1, finite in float32",
+                fix='leave favourite_weight out for 1, or never close favourites with drop="phase2"',
+            )
+        if favourite_weight != 1 and benefit == "gate":
+            raise RoutingError(
+                f"favourite_weight is {favourite_weight!r} with the benefit 'gate', which does not know it",
+                where="favourite_weight",
+                accepted="1 with the benefit 'gate'",
+                fix='choose benefit="distortion", or leave favourite_weight out',
+            )
         self.k_min = k_min
+        self.favourite_weight = float(favourite_weight)
         self.drop: DropPass = drop
         self.benefit: Benefit = benefit
         self.batch_invariant = batch_invariant
@@ -155,6 +173,7 @@ class PricedRouter(TopKRouter):
             "sensitivity": self.sensitivity.tolist(),
             "kappa": float(self.kappa),
             "drop": self.drop,
+            "favourite_weight": self.favourite_weight,
             "batch_invariant": self.batch_invariant,
             "group_by_position": self.group_by_position,
         }
@@ -261,13 +280,16 @@ class PricedRouter(TopKRouter):
             mask = None if coupling is None else coupling.padding_mask
             costs, protect = (self.pair_cost, self.open_cost, self.sensitivity), self.drop == "phase2"
             given = (probabilities, logits, mask, baseline, price, self.kappa, *costs)
-            return select_by_distortion(*given, groups, k_min, k_max, coupling is not None, protect)
+            rule = groups, k_min, k_max, coupling is not None, protect, self.favourite_weight
+            return select_by_distortion(*given, *rule)
         p = probabilities.clamp(min=0)
         weight = self.kappa * self.sensitivity
         index = logits.topk(k_max, -1).indices
         if coupling is not None:
             groups_GNE, real = coupling.by_position(p), coupling.by_position(coupling.real(p))
-            opened = close_by_distortion(groups_GNE, real, price * self.open_cost, weight, k_min, k_max, self.drop)
+            opened = close_by_distortion(
+                groups_GNE, real, price * self.open_cost, weight, k_min, k_max, self.drop, self.favourite_weight
+            )
             ranked = torch.where(_of_tokens(opened, coupling), logits, -torch.inf)
             # Stable, as torch.topk is not: what is closed comes last.
             index = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]

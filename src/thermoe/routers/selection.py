@@ -106,10 +106,12 @@ def close_by_distortion(
     k_min: int,
     k_max: int,
     drop: DropPass,
+    favourite_weight: float = 1.0,
 ) -> Tensor:
     """Return bool (G, E): what is open after closing what brings less than it costs, from the union of all top-k.
 
-    Closing an expert makes each token that uses it take its best open one instead.
+    Closing an expert makes each token that uses it take its best open one instead. A token that pays for one of its
+    own k_min best experts pays ``favourite_weight`` times; where its output comes closer to its own, nothing changes.
 
     Args:
         p_GNE: the router's probabilities, at least 0.
@@ -119,13 +121,16 @@ def close_by_distortion(
         k_min: at least so many experts stay open.
         k_max: experts per token.
         drop: "all" may close any expert, "phase2" none that is among some token's k_min best, "none" closes nothing.
+        favourite_weight: at least 1 and finite; "phase2" is what "all" tends to as it grows.
     """
     real = real_GN.unsqueeze(-1)
     own = p_GNE.topk(k_max, -1)
     opened = _union(own.indices, p_GNE, real)
     if drop == "none":
         return opened
-    kept = _union(own.indices[..., :k_min], p_GNE, real) if drop == "phase2" and k_min else torch.zeros_like(opened)
+    first = torch.zeros_like(p_GNE, dtype=torch.bool).scatter(-1, own.indices[..., :k_min], True)
+    kept = (first & real).any(1) if drop == "phase2" else torch.zeros_like(opened)
+    first_padded = F.pad(first, (0, 1))
     w_GNE = torch.zeros_like(p_GNE).scatter(-1, own.indices, _share(own.values))
     p_padded, s, w_padded = F.pad(p_GNE, (0, 1), value=-1.0), F.pad(sensitivity, (0, 1)), F.pad(w_GNE, (0, 1))
     for _ in range(ROUNDS):
@@ -143,6 +148,8 @@ def close_by_distortion(
             mass - p[..., take] + p[..., spare],
         )
         loss = torch.where((p[..., take] > 0) & real, then - now, 0)
+        dear = first_padded.gather(-1, index[..., take]) & (loss > 0)
+        loss = torch.where(dear, favourite_weight * loss, loss)
         of_expert = torch.zeros_like(F.pad(p_GNE[:, 0], (0, 1)))
         of_expert = of_expert.scatter_add(-1, index[..., take].flatten(1), loss.flatten(1))[:, :-1]
         saving = torch.where(opened & ~kept, open_price - of_expert, 0).clamp(min=0)

@@ -95,6 +95,7 @@ CASES: dict[str, tuple[Phase, tuple[int, int], dict[str, Any]]] = {
         (6, 1),
         {"benefit": "distortion", "drop": "phase2", "k_min": 2},
     ),
+    "decode by distortion, favourites weighed": ("decode", (6, 1), {"benefit": "distortion", "favourite_weight": 3.0}),
     "prefill by distortion": (
         "prefill",
         (2, 7),

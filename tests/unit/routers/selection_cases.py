@@ -17,9 +17,9 @@ PRICES = (0.001, 0.02, 0.1, 1.0)
 
 
 def cases(shape: tuple[int, int, int, int], device: str = "cpu") -> Iterator[tuple[PricedRouter, Tensor, Any]]:
-    """Yield (router, tokens, context) over drop passes, prices, padding and both phases."""
+    """Yield (router, tokens, context) over drop passes, weights of favourites, prices, padding and both phases."""
     batch, length, experts, top_k = shape
-    for drop in ("all", "phase2", "none"):
+    for drop, favourite_weight in (("all", 1.0), ("all", 4.0), ("phase2", 1.0), ("none", 1.0)):
         for price in PRICES:
             for decode in (True, False):
                 router = PricedRouter(
@@ -33,6 +33,7 @@ def cases(shape: tuple[int, int, int, int], device: str = "cpu") -> Iterator[tup
                     price=price,
                     kappa=1.3,
                     drop=drop,  # type: ignore[arg-type]
+                    favourite_weight=favourite_weight,
                     group_by_position=decode,
                     batch_invariant=not decode,
                 ).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -189,6 +190,54 @@ def test_protected_favourites_stay_open() -> None:
     assert torch.equal(decision.opened, torch.bincount(favourites, minlength=E) > 0)
 
 
+def _closed_slowly(p: Tensor, s: Tensor, price: Tensor, k_min: int, k: int, weight: float) -> list[int]:
+    """The rounds of closing, each loss counted from the definition in double precision."""
+    own = [row.topk(k).indices.tolist() for row in p]
+    opened = sorted({e for ids in own for e in ids})
+
+    def lost(t: int, closed: int) -> float:
+        if closed not in sorted(opened, key=lambda e: -float(p[t, e]))[:k]:
+            return 0.0
+        d = [
+            _distortion(p[t], own[t], sorted(left, key=lambda e: -float(p[t, e]))[:k], s)
+            for left in (opened, [e for e in opened if e != closed])
+        ]
+        change = d[1] - d[0]
+        return change * weight if change > 0 and closed in own[t][:k_min] else change
+
+    for _ in range(selection.ROUNDS):
+        saving = {e: float(price[e]) - sum(lost(t, e) for t in range(len(p))) for e in opened}
+        pays = sorted((e for e in opened if saving[e] > 0), key=lambda e: -saving[e])
+        number = min(math.ceil(len(pays) * selection.SHARE), len(opened) - max(k_min, 1))
+        opened = [e for e in opened if e not in pays[: max(number, 0)]]
+    return opened
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+@pytest.mark.parametrize("k_min", [0, 1, 2])
+def test_closing_follows_its_definition_with_any_weight_on_favourites(k_min: int, weight: float) -> None:
+    changed = 0
+    for seed in range(25):
+        torch.manual_seed(seed)
+        p, s, price = torch.softmax(1.5 * torch.randn(8, E), -1), torch.rand(E) + 0.5, 0.3 * torch.rand(E)
+        arguments: Any = (p[None], torch.ones(1, 8, dtype=torch.bool), price, s, k_min, 3, "all")
+        opened = close_by_distortion(*arguments, weight)[0]
+        assert opened.nonzero().flatten().tolist() == _closed_slowly(p, s, price, k_min, 3, weight)
+        changed += not torch.equal(opened, close_by_distortion(*arguments)[0])
+    assert (changed > 0) == (weight > 1 and k_min > 0)  # without favourites nothing weighs more
+
+
+def test_a_huge_weight_on_favourites_never_closes_them_and_one_in_between_keeps_more_open() -> None:
+    torch.manual_seed(0)
+    p, real = torch.softmax(2 * torch.randn(60, 16, 32), -1), torch.rand(60, 16) < 0.9
+    arguments: Any = (p, real, torch.full((32,), 0.2), torch.rand(32) + 0.5, 1, 4)
+    opened = [close_by_distortion(*arguments, "all", weight) for weight in (1.0, 1.5, 1e30)]
+    assert torch.equal(opened[0], close_by_distortion(*arguments, "all"))
+    assert torch.equal(opened[2], close_by_distortion(*arguments, "phase2"))
+    low, middle, high = (int(o.sum()) for o in opened)
+    assert low < middle < high
+
+
 def test_more_rounds_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     p, real = torch.softmax(2 * torch.randn(40, 16, 32), -1), torch.ones(40, 16, dtype=torch.bool)
@@ -205,3 +254,20 @@ def test_bad_sensitivities_are_refused(given_: list[float]) -> None:
         _router(sensitivity=given_)
     with pytest.raises(UnknownNameError, match="distortion"):
         PricedRouter(D, E, 3, benefit="distort")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given_", [0.5, -1.0, float("nan"), float("inf"), 1e39, True, "4", None, [2.0]])
+def test_a_weight_on_favourites_that_is_no_number_from_1_is_refused(given_: Any) -> None:
+    with pytest.raises(RoutingError, match="favourite_weight"):
+        _router(favourite_weight=given_)
+
+
+def test_a_weight_on_favourites_is_kept_and_refused_where_it_would_do_nothing() -> None:
+    router = _router(favourite_weight=4, price=0.1, open_cost=[1.0] * E)
+    again = PricedRouter(D, E, 3, **router.options())
+    again.load_state_dict(router.state_dict())
+    assert again.favourite_weight == 4.0
+    x, context = torch.randn(16, D), RoutingContext(16, 1)
+    assert torch.equal(router(x, context).expert_index, again.eval()(x, context).expert_index)
+    with pytest.raises(RoutingError, match="gate"):
+        PricedRouter(D, E, 3, benefit="gate", favourite_weight=2.0)

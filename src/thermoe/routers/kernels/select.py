@@ -1,9 +1,13 @@
 """The whole selection by distortion of one group of tokens in one program, in Triton.
 
 See `thermoe.routers.selection` for what is computed: close what brings less than it costs, take the best open experts,
-give up pairs; at price 0 copy the baseline. A group's scores stay in registers from the first to the last step; an
-order that PyTorch finds by sorting is found by taking the largest K times. Sums run in another order than PyTorch's, so
-that near ties (about 1e-6) may fall the other way.
+give up pairs; at price 0 copy the baseline. A group's scores stay in registers from the first to the last step.
+
+Nothing is sorted. For each token and expert one word per 32 experts says which of them that token prefers, found once
+by comparing all pairs. How many open experts come before one is then a count of bits, and with it the place of every
+expert in every token's choice, after any closing, without a look at another thread's numbers.
+
+Sums run in another order than PyTorch's, so that near ties may fall the other way.
 
 Shape letters: T tokens, E experts, K slots, G groups, N tokens of a group (token n of group g is row n * G + g).
 """
@@ -14,23 +18,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _largest(x, e):
-    """Return the place of the largest of each row as a one-hot mask, none in a row without any."""
-    value, place = tl.max(x, axis=1, return_indices=True)
-    return (e[None, :] == place[:, None]) & (value[:, None] > -float("inf"))
+#: What a score that is no number counts as: it comes last.
+_LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _top(x, e, K: tl.constexpr):
-    """Return the mask of the K largest of each row, and the rest with these taken out."""
-    found = x != x
-    for _ in range(K):
-        hit = _largest(x, e)
-        found = found | hit
-        x = tl.where(hit, -float("inf"), x)
-    return found, x
+def _key(logit, e):
+    """Return int64 in the order of the scores, equal ones in that of the experts, no two of a row equal."""
+    bits = (tl.maximum(logit, _LOWEST) + 0.0).to(tl.int32, bitcast=True)  # + 0.0: of -0 and 0 none is the larger
+    return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 7) | (127 - e)
+
+
+@triton.jit
+def _preferred(logit_ptr, at, inside, key, E: tl.constexpr, WORD: tl.constexpr):
+    """Return uint32 like ``key``: bit f is set where a token prefers expert 32 * WORD + f."""
+    word = tl.zeros_like(key).to(tl.uint32)
+    for back in tl.range(32, loop_unroll_factor=8):
+        f = 32 * WORD + 31 - back
+        other = _key(tl.load(logit_ptr + at + f, mask=inside & (f < E), other=_LOWEST), f)
+        # The sign of the difference of keys, shifted in from the right.
+        word = (word << 1) | ((key - other[:, None]).to(tl.uint64, bitcast=True) >> 63).to(tl.uint32)
+    return word
+
+
+@triton.jit
+def _ones(word):
+    """Return the number of set bits; the compiler knows this form as one instruction."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _count(a0, a1, a2, a3, b0, b1, b2, b3, WORDS: tl.constexpr):
+    """Return how many bits are set in both of two sets of experts."""
+    count = _ones(a0 & b0)
+    if WORDS > 1:
+        count += _ones(a1 & b1)
+    if WORDS > 2:
+        count += _ones(a2 & b2) + _ones(a3 & b3)
+    return count
+
+
+@triton.jit
+def _holds(b0, b1, b2, b3, e, WORDS: tl.constexpr):
+    """Return bool (E,): which experts a set holds."""
+    word = b0
+    if WORDS > 1:
+        word = tl.where(e < 32, b0, b1)
+    if WORDS > 2:
+        word = tl.where(e < 64, word, tl.where(e < 96, b2, b3))
+    return ((word >> (e & 31)) & 1) != 0
+
+
+@triton.jit
+def _word(chosen, e, WORD: tl.constexpr):
+    """Return one word of the set of the chosen experts (E,)."""
+    bit = tl.full(e.shape, 1, tl.uint32) << (e & 31)
+    return tl.sum(tl.where(chosen & ((e >> 5) == WORD), bit, 0), axis=0).to(tl.uint32)
+
+
+@triton.jit
+def _words(chosen, e, WORDS: tl.constexpr):
+    """Return the set of the chosen experts (E,) as four words."""
+    b0 = _word(chosen, e, 0)
+    b1, b2, b3 = b0, b0, b0
+    if WORDS > 1:
+        b1 = _word(chosen, e, 1)
+    if WORDS > 2:
+        b2, b3 = _word(chosen, e, 2), _word(chosen, e, 3)
+    return b0, b1, b2, b3
 
 
 @triton.jit
@@ -46,97 +103,128 @@ def _total(mask, values):
 
 @triton.jit
 def _select_kernel(
-    p_ptr, logit_ptr, real_ptr, baseline_ptr, out_ptr, price_ptr, kappa_ptr, pair_ptr, open_ptr, s_ptr, T, N, G, E,
-    K: tl.constexpr, K_MIN: tl.constexpr, COUPLED: tl.constexpr, PROTECT: tl.constexpr, HAS_REAL: tl.constexpr,
-    ROUNDS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    p_ptr, logit_ptr, real_ptr, baseline_ptr, out_ptr, price_ptr, kappa_ptr, pair_ptr, open_ptr, s_ptr,
+    favourite_weight, T, N, G,
+    E: tl.constexpr, K: tl.constexpr, K_MIN: tl.constexpr, COUPLED: tl.constexpr, PROTECT: tl.constexpr,
+    HAS_REAL: tl.constexpr, ROUNDS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    none = -float("inf")
+    WORDS: tl.constexpr = (BLOCK_E + 31) // 32
+    FLOOR: tl.constexpr = K_MIN if K_MIN > 1 else 1
     g = tl.program_id(0)
-    n, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
+    n, e, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     row = n * G + g
     inside, there = (n < N) & (row < T), e < E
     real = inside
     mask = real[:, None] & there[None, :]
     at = row[:, None] * E + e[None, :]
+    slot_at, slots = row[:, None] * K + k[None, :], inside[:, None] & (k[None, :] < K)
     p = tl.maximum(tl.load(p_ptr + at, mask=mask, other=0.0), 0.0)
-    logit = tl.maximum(tl.load(logit_ptr + at, mask=mask, other=0.0), -3.0e38)  # a score that is no number comes last
+    key = _key(tl.load(logit_ptr + at, mask=mask, other=_LOWEST), e[None, :])
     if HAS_REAL:
         real = real & (tl.load(real_ptr + row, mask=real, other=0) != 0)
     price = tl.load(price_ptr)
     if price > 0:
-        s = tl.load(s_ptr + e, mask=there, other=0.0) * tl.load(kappa_ptr)
-        square_all = s[None, :] * p * p
+        kappa = tl.load(kappa_ptr)
+        a0 = _preferred(logit_ptr, row * E, inside, key, E, 0)
+        a1, a2, a3 = a0, a0, a0
+        if WORDS > 1:
+            a1 = _preferred(logit_ptr, row * E, inside, key, E, 1)
+        if WORDS > 2:
+            a2 = _preferred(logit_ptr, row * E, inside, key, E, 2)
+            a3 = _preferred(logit_ptr, row * E, inside, key, E, 3)
+        place = _count(a0, a1, a2, a3, a0, a1, a2, a3, WORDS)
+        own = mask & (place < K)
+        own_mass = tl.maximum(_total(own, p), 1e-20)
 
-        opened = there
+        o0, o1, o2, o3 = _words(there, e, WORDS)
         if COUPLED:
-            own, rest = _top(tl.where(mask, p, none), e, K)
-            w = tl.where(own, p, 0.0) / tl.maximum(_total(own, p), 1e-20)[:, None]
-            product_all = s[None, :] * p * w
-            opened = tl.max((own & real[:, None]).to(tl.int32), axis=0) > 0
-            kept = there & (e < 0)
-            if PROTECT:
-                first, rest = _top(tl.where(mask, p, none), e, K_MIN)
-                kept = tl.max((first & real[:, None]).to(tl.int32), axis=0) > 0
+            s = tl.load(s_ptr + e, mask=there, other=0.0) * kappa
+            square = s[None, :] * p * p
+            product = s[None, :] * p * tl.where(own, p, 0.0) / own_mass[:, None]
             costs = price * tl.load(open_ptr + e, mask=there, other=0.0)
-            step, closing = 0, 1
-            while (step < ROUNDS) & (closing > 0):
-                taken, rest = _top(tl.where(mask & opened[None, :], p, none), e, K)
-                spare = _largest(rest, e)
-                mass, squares, products = _total(taken, p), _total(taken, square_all), _total(taken, product_all)
-                now = _distortion(squares, products, mass)
+            favourite = real[:, None] & (place < K_MIN)
+            opened = tl.max((own & real[:, None]).to(tl.int32), axis=0) > 0
+            closable = opened
+            if PROTECT:
+                closable = tl.max(favourite.to(tl.int32), axis=0) == 0
+            o0, o1, o2, o3 = _words(opened, e, WORDS)
+            left = tl.sum(opened.to(tl.int32), axis=0)
+            step, number = 0, 1
+            while (step < ROUNDS) & (number > 0):
+                opened = _holds(o0, o1, o2, o3, e, WORDS)
+                place = _count(a0, a1, a2, a3, o0, o1, o2, o3, WORDS)
+                within = mask & opened[None, :] & (place <= K)  # a token's choice, and its best open one outside
+                taken = within & (place < K)
+                now = _distortion(_total(taken, square), _total(taken, product), _total(taken, p))
                 after = _distortion(
-                    (squares + _total(spare, square_all))[:, None] - square_all,
-                    (products + _total(spare, product_all))[:, None] - product_all,
-                    (mass + _total(spare, p))[:, None] - p,
+                    _total(within, square)[:, None] - square,
+                    _total(within, product)[:, None] - product,
+                    _total(within, p)[:, None] - p,
                 )
-                loss = tl.sum(tl.where(taken & (p > 0) & real[:, None], after - now[:, None], 0.0), axis=0)
-                saving = tl.maximum(tl.where(opened & (kept == 0), costs - loss, 0.0), 0.0)
-                wanted = tl.sum((saving > 0).to(tl.int32), axis=0)
-                most = tl.sum(opened.to(tl.int32), axis=0) - (K_MIN if K_MIN > 1 else 1)
-                number = tl.minimum(tl.ceil(wanted.to(tl.float32) * SHARE).to(tl.int32), most)
-                # The rank among savings, ties by number, from comparing all pairs: column e against row f.
-                other = tl.sum(tl.where(e[:, None] == e[None, :], saving[None, :], 0.0), axis=1)
-                ahead = (other[:, None] > saving[None, :]) | (
-                    (other[:, None] == saving[None, :]) & (e[:, None] < e[None, :])
-                )
-                rank = tl.sum((ahead & there[:, None]).to(tl.int32), axis=0)
-                close = (rank < number) & (saving > 0)
-                opened = opened & (close == 0)
-                closing = tl.sum(close.to(tl.int32), axis=0)
+                lost = tl.where(taken & (p > 0) & real[:, None], after - now[:, None], 0.0)
+                if K_MIN > 0:
+                    lost = tl.where(favourite & (lost > 0), favourite_weight * lost, lost)
+                saving = tl.where(opened & closable, costs - tl.sum(lost, axis=0), 0.0)
+                pays = saving > 0
+                wanted = tl.sum(pays.to(tl.int32), axis=0)
+                number = tl.minimum(tl.ceil(wanted.to(tl.float32) * SHARE).to(tl.int32), left - FLOOR)
+                # The rank among savings, ties by number, from comparing all pairs: row f against column e.
+                mine, other = saving[None, :], saving[:, None]
+                ahead = (other > mine) | ((other == mine) & (e[:, None] < e[None, :]))
+                close = pays & (tl.sum(ahead.to(tl.int32), axis=0) < number)
+                c0, c1, c2, c3 = _words(close, e, WORDS)
+                o0, o1, o2, o3 = o0 ^ c0, o1 ^ c1, o2 ^ c2, o3 ^ c3
+                left -= number
                 step += 1
 
-        ranked = tl.where(mask & opened[None, :], logit, none)
-        taken, rest = _top(ranked, e, K)
-        left = taken
+        opened = _holds(o0, o1, o2, o3, e, WORDS)
+        place = _count(a0, a1, a2, a3, o0, o1, o2, o3, WORDS)
+        taken = mask & opened[None, :] & (place < K)
+        # Each expert goes to its place, with a mark where it is among the token's own top-k; other places hold none.
+        found = tl.sum(taken.to(tl.int32), axis=1)
+        tl.store(out_ptr + row[:, None] * K + place, (e[None, :] + tl.where(own, 256, 0)).to(tl.int64), mask=taken)
+        tl.store(
+            out_ptr + slot_at, tl.full([BLOCK_N, BLOCK_K], E, tl.int64), mask=slots & (k[None, :] >= found[:, None])
+        )
+        tl.debug_barrier()
+        marked = tl.load(out_ptr + slot_at, mask=slots, other=E).to(tl.int32)
+        chosen = marked & 255
+        used = chosen < E
         if K > K_MIN:
-            own, rest = _top(tl.where(mask, logit, none), e, K)
-            w = tl.where(own, p, 0.0) / tl.maximum(_total(own, p), 1e-20)[:, None]
-            product_all = s[None, :] * p * w
-            pair = price * tl.load(pair_ptr + e, mask=there, other=0.0)
-            for _ in range(K - K_MIN):
-                total, total_squares, total_products = (
-                    _total(left, p),
-                    _total(left, square_all),
-                    _total(left, product_all),
-                )
+            p_k = tl.maximum(tl.load(p_ptr + row[:, None] * E + chosen, mask=used, other=0.0), 0.0)
+            s_k = tl.load(s_ptr + chosen, mask=used, other=0.0) * kappa
+            pair = price * tl.load(pair_ptr + chosen, mask=used, other=0.0)
+            square_k = s_k * p_k * p_k
+            product_k = s_k * p_k * tl.where(marked > 255, p_k, 0.0) / own_mass[:, None]
+            step, going = 0, 1
+            while (step < K - K_MIN) & (going > 0):
+                mass, squares, products = _total(used, p_k), _total(used, square_k), _total(used, product_k)
                 lost = (
-                    _distortion(
-                        total_squares[:, None] - square_all, total_products[:, None] - product_all, total[:, None] - p
-                    )
-                    - _distortion(total_squares, total_products, total)[:, None]
+                    _distortion(squares[:, None] - square_k, products[:, None] - product_k, mass[:, None] - p_k)
+                    - _distortion(squares, products, mass)[:, None]
                 )
-                saved = tl.where(left, pair[None, :] - lost, none)
-                gives_up = (tl.max(saved, axis=1) > 0) & (tl.sum(left.to(tl.int32), axis=1) > K_MIN)
-                left = left & ((_largest(saved, e) & gives_up[:, None]) == 0)
-
-        for k in range(K):
-            hit = _largest(ranked, e)
-            chosen = tl.sum(tl.where(hit & left, e[None, :] + 1, 0), axis=1)  # 0 is none
-            tl.store(out_ptr + row * K + k, tl.where(chosen > 0, chosen - 1, E).to(tl.int64), mask=inside)
-            ranked = tl.where(hit, none, ranked)
+                saved, slot = tl.max(tl.where(used, pair - lost, -float("inf")), axis=1, return_indices=True)
+                gives_up = (saved > 0) & (tl.sum(used.to(tl.int32), axis=1) > K_MIN)
+                used = used & ((k[None, :] != slot[:, None]) | (gives_up[:, None] == 0))
+                going = tl.max(gives_up.to(tl.int32), axis=0)
+                step += 1
+        tl.debug_barrier()
+        tl.store(out_ptr + slot_at, tl.where(used, chosen, E).to(tl.int64), mask=slots)
     else:
-        for k in range(K):
-            tl.store(out_ptr + row * K + k, tl.load(baseline_ptr + row * K + k, mask=inside, other=0), mask=inside)
+        tl.store(out_ptr + slot_at, tl.load(baseline_ptr + slot_at, mask=slots, other=0), mask=slots)
+
+
+def warps_for(block_n: int, block_e: int, coupled: bool) -> int:
+    """Return the warps of a program: few, because each one more makes all wait longer for another.
+
+    Args:
+        block_n: tokens of a group, a power of 2.
+        block_e: experts, a power of 2.
+        coupled: whether experts are closed, for which all pairs of them are compared.
+    """
+    size = max(block_n * block_e, block_e * block_e // 4 if coupled else 0)
+    return 16 if size > 4096 else min(8, max(1, size // 128))
 
 
 def select(
@@ -154,6 +242,7 @@ def select(
     k_max: int,
     coupled: bool,
     protect: bool,
+    favourite_weight: float,
     rounds: int,
     share: float,
 ) -> Tensor:
@@ -163,9 +252,9 @@ def select(
     size = triton.cdiv(tokens, groups)
     block_n, block_e = max(2, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(experts))
     _select_kernel[(groups,)](
-        p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, tokens, size, groups, experts,
-        K=k_max, K_MIN=k_min, COUPLED=coupled, PROTECT=protect and k_min > 0, HAS_REAL=real is not None,
-        ROUNDS=rounds, SHARE=share, BLOCK_N=block_n, BLOCK_E=block_e,
-        num_warps=16 if block_n * block_e > 4096 else min(8, max(1, block_n * block_e // 128)),
+        p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, favourite_weight, tokens,
+        size, groups, E=experts, K=k_max, K_MIN=k_min, COUPLED=coupled, PROTECT=protect and k_min > 0,
+        HAS_REAL=real is not None, ROUNDS=rounds, SHARE=share, BLOCK_N=block_n, BLOCK_E=block_e,
+        BLOCK_K=max(2, triton.next_power_of_2(k_max)), num_warps=warps_for(block_n, block_e, coupled),
     )  # fmt: skip
     return out
