@@ -93,7 +93,8 @@ def test_the_windows_that_the_first_search_fell_into_move_nothing(monkeypatch: p
         return cost_range(solver, *args)
 
     def noting(controller: BudgetController, reading: ControlReading, costs: Any) -> Any:
-        moved.append(reading.t_s - reading.window_s)
+        if reading.status == "valid":
+            moved.append(reading.t_s - reading.window_s)
         return update(controller, reading, costs)
 
     monkeypatch.setattr(PriceSolver, "cost_range", slow_at_first)
