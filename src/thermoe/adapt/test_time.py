@@ -22,7 +22,7 @@ from thermoe.evaluation import check_token_ids, sequence_nll
 from thermoe.moe.layer import routed_modules
 from thermoe.moe.offload import readable
 from thermoe.routers.base import Router
-from thermoe.routers.fast_weights import FastWeights
+from thermoe.routers.fast_weights import FastFamily, FastWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class RouterAdapter:
         lr: step size of AdamW on the fast weights.
         anchor: factor on the fast weights after each step, in (0, 1]; 1 is no pull.
         max_grad_norm: gradients are scaled down to this norm.
-        bias_only: adapt a bias per expert instead of the full router.
+        family: of the fast weights: "full", "bias", "mix" or "low_rank"; see `routers/fast_weights.py`.
 
     Raises:
         RoutingError: the model has no MoE layer, or is being adapted already.
@@ -64,7 +64,7 @@ class RouterAdapter:
         lr: float = 1e-2,
         anchor: float = 0.9,
         max_grad_norm: float = 1.0,
-        bias_only: bool = False,
+        family: FastFamily = "full",
     ) -> None:
         for name, value, fits, accepted, usual in (
             ("lr", lr, lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-2),
@@ -79,14 +79,14 @@ class RouterAdapter:
         self.lr, self.anchor, self.max_grad_norm = lr, anchor, max_grad_norm
         self.updates = 0
         self.resets = 0
-        self._routers = self._attach(bias_only)
+        self._routers = self._attach(family)
         # Offloaded weights are other objects after every forward; none is learned from, frozen or not.
         self._frozen = {p for p in model.parameters() if p.requires_grad and not p.is_meta} - set(self.parameters())
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._optimizer = self._new_optimizer()
 
-    def _attach(self, bias_only: bool) -> dict[str, Router]:
+    def _attach(self, family: FastFamily) -> dict[str, Router]:
         routers = {name: layer.router for name, layer in routed_modules(self.model) if isinstance(layer.router, Router)}
         if not routers:
             raise RoutingError(
@@ -104,9 +104,8 @@ class RouterAdapter:
                     fix="close the first adapter",
                 )
         for router in routers.values():
-            fast = FastWeights(router.hidden_size, router.num_experts, bias_only=bias_only)
             with readable(router):
-                router.fast = fast.to(router.weight.device)
+                router.fast = FastWeights.of(router.weight, family)
         return routers
 
     def _new_optimizer(self) -> torch.optim.AdamW:

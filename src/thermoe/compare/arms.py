@@ -91,7 +91,7 @@ def _priced(prepared: Prepared) -> Iterator[Scorer]:
 @contextmanager
 def _adapting(prepared: Prepared) -> Iterator[Scorer]:
     settings = prepared.spec.adapt
-    with RouterAdapter(prepared.moe, lr=settings.lr, anchor=settings.anchor, bias_only=settings.bias_only) as adapter:
+    with RouterAdapter(prepared.moe, lr=settings.lr, anchor=settings.anchor, family=settings.family) as adapter:
         # The graph of the scoring forward is used for learning, so a step costs one backward to the activations more.
         yield Scorer(prepared.moe, lambda batch: adapter.score_and_learn(batch).sequence_nll, learning_passes=1.0)
 

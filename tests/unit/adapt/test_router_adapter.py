@@ -13,6 +13,7 @@ from thermoe.adapt.test_time import RouterAdapter
 from thermoe.errors import ConfigError, RoutingError
 from thermoe.evaluation import sequence_nll
 from thermoe.moe.layer import moe_layers
+from thermoe.routers.fast_weights import FAST_FAMILIES, FastFamily
 from thermoe.routers.swap import set_router
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
 
@@ -42,11 +43,11 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("bias_only", [False, True])
-def test_only_fast_weights_change(router: str, bias_only: bool) -> None:
+@pytest.mark.parametrize("family", FAST_FAMILIES)
+def test_only_fast_weights_change(router: str, family: FastFamily) -> None:
     model = tiny_moe(top_k=3, **ROUTERS[router])
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with RouterAdapter(model, bias_only=bias_only) as adapter:
+    with RouterAdapter(model, family=family) as adapter:
         for batch in BATCHES:
             step = adapter.score_and_learn(batch)
             assert step.learned and step.reason is None and step.change_norm > 0
@@ -57,7 +58,7 @@ def test_only_fast_weights_change(router: str, bias_only: bool) -> None:
             assert (id(parameter) in fast) == parameter.requires_grad, name
         after = model.state_dict()
         assert all(torch.equal(value, after[name]) for name, value in state.items())
-        assert len(fast) == (2 if bias_only else 4)
+        assert len(fast) == (2 if family == "bias" else 4)
         assert adapter.updates == len(BATCHES) and adapter.resets == 0
 
 
