@@ -22,7 +22,7 @@ from thermoe.evaluation import check_token_ids, sequence_nll
 from thermoe.moe.layer import routed_modules
 from thermoe.moe.offload import readable
 from thermoe.routers.base import Router
-from thermoe.routers.fast_weights import FastFamily, FastWeights
+from thermoe.routers.fast_weights import FastWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class RouterAdapter:
         lr: float = 1e-2,
         anchor: float = 0.9,
         max_grad_norm: float = 1.0,
-        family: FastFamily = "full",
+        family: str = "full",
     ) -> None:
         for name, value, fits, accepted, usual in (
             ("lr", lr, lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-2),
@@ -86,7 +86,7 @@ class RouterAdapter:
             parameter.requires_grad_(False)
         self._optimizer = self._new_optimizer()
 
-    def _attach(self, family: FastFamily) -> dict[str, Router]:
+    def _attach(self, family: str) -> dict[str, Router]:
         routers = {name: layer.router for name, layer in routed_modules(self.model) if isinstance(layer.router, Router)}
         if not routers:
             raise RoutingError(
