@@ -1,7 +1,7 @@
 """What came of reading a stream: paired differences, the worst stretch, and whether the targets are met.
 
-Everything works on rows, one per batch, as `test_time_training.py` writes them: `segment`, `number` within it, `tokens`,
-`sequence_nll` (nats per sequence), `learned` and `verdict`, in the order read.
+Everything works on rows, one per batch, as `test_time_training.py` writes them: `segment`, `number` within it,
+`tokens`, `sequence_nll` (nats per sequence), `learned` and `verdict`, in the order read.
 """
 
 from __future__ import annotations
