@@ -1,8 +1,8 @@
 """Draw the results of test_time_training.py: python benchmarks/plot_test_time_training.py FOLDER.
 
-ppl.png: perplexity per segment. running.png: adapted minus frozen over the stream. front.png: perplexity against measured
-joules per token, learning inside, with and without adaptation. grid.png: gain against the worst stretch of each setting.
-A picture whose rows are not there is not drawn, and said so.
+ppl.png: perplexity per segment. running.png: adapted minus frozen over the stream. front.png: perplexity against
+measured joules per token, learning inside, with and without adaptation. grid.png: gain against the worst stretch of
+each setting. A picture whose rows are not there is not drawn, and said so.
 """
 
 from __future__ import annotations
