@@ -54,7 +54,7 @@ class FastWeights(nn.Module):
     directions: Tensor
 
     def __init__(
-        self, hidden_size: int, num_experts: int, family: FastFamily = "full", *, rank: int = 8, seed: int = 0
+        self, hidden_size: int, num_experts: int, family: str = "full", *, rank: int = 8, seed: int = 0
     ) -> None:
         super().__init__()
         if family not in FAST_FAMILIES:
@@ -81,7 +81,7 @@ class FastWeights(nn.Module):
             self.register_buffer("directions", torch.linalg.qr(noise)[0].T.contiguous())
 
     @classmethod
-    def of(cls, slow_ED: Tensor, family: FastFamily = "full", *, rank: int = 8) -> FastWeights:
+    def of(cls, slow_ED: Tensor, family: str = "full", *, rank: int = 8) -> FastWeights:
         """Return fast weights for the slow router (E, D), on its device; "low_rank" takes its directions from it.
 
         They are the right singular vectors with the largest singular values. A rank above that of the slow router is
