@@ -151,24 +151,26 @@ def run_fronts(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows:
 
 def measured(meter: EnergyMeter, name: str, step: Callable[[], None], tokens: int, window_s: float) -> dict[str, Any]:
     """Return the joules per token of ``step`` between two ticks of the counter, after as long unmeasured."""
+    on_gpu = torch.cuda.is_available() and any(device.kind == "gpu" for device in meter.devices)
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     for _ in range(3):
         step()
-    torch.cuda.synchronize()
+    wait()
     begun = time.perf_counter()
     for _ in range(5):
         step()
-    torch.cuda.synchronize()
+    wait()
     repeats = max(1, round(0.02 / ((time.perf_counter() - begun) / 5)))
-    clock, end = EventClock(), time.perf_counter() + 0.4
+    clock, end = EventClock() if on_gpu else None, time.perf_counter() + 0.4
     while time.perf_counter() < end:
         for _ in range(repeats):
             step()
-        torch.cuda.synchronize()
+        wait()
     with meter.aligned_window(name, min_s=window_s) as window:
         while not window.done:
             for _ in range(repeats):
                 step()
-            window.count(repeats * tokens, clock.mark())
+            window.count(repeats * tokens, None if clock is None else clock.mark())
     result = window.result
     return {
         "j_per_token": result.j_per_token, "power_w": result.power_w, "temp_c": result.temp_end_c,

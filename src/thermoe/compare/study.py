@@ -8,7 +8,6 @@ trainings that have no `trial` row.
 from __future__ import annotations
 
 import datetime
-import math
 import multiprocessing
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from thermoe import data
+from thermoe.compare.predictions import SAID, holds
 from thermoe.compare.study_spec import METRICS, STARTS, Prediction, StudySpec
 from thermoe.compare.study_trial import Trial, run_trial
 from thermoe.convergence import judge_convergence, mean_interval
@@ -226,7 +226,7 @@ def check_prediction(
         compared += f" from the {prediction.reference[1]} start" if prediction.reference[1] != prediction.start else ""
     mean, low, high = mean_interval(values)
     ends = (mean, mean) if low is None or high is None else (low, high)
-    holds = _relation(prediction, target, *ends)
+    found = holds(prediction.relation, prediction.margin, target, *ends)
     shown = f"{mean:+.3f}" if prediction.reference else f"{mean:.2f}"
     spread = f"95 % {ends[0]:.3f} to {ends[1]:.3f}" if low is not None else "no interval"
     words = "difference in " if prediction.reference else ""
@@ -234,10 +234,9 @@ def check_prediction(
     more = f" plus {prediction.margin:g}" if prediction.margin and not bound else ""
     bound = bound or f"{prediction.relation} {compared}{more}"
     when = "" if prediction.step is None else f"at step {prediction.step}, "
-    said = {True: "As predicted", False: "Not as predicted", None: "Left open"}[holds]
     return {
-        "holds": holds,
-        "text": f"{said}: {spec.definitions[arm].title}, {prediction.start} start, {when}{prediction.text}. "
+        "holds": found,
+        "text": f"{SAID[found]}: {spec.definitions[arm].title}, {prediction.start} start, {when}{prediction.text}. "
         f"Condition: {METRICS[prediction.metric]} {bound}. Found: {words}{shown} ({spread}).",
         "start": prediction.start,
         "metric": prediction.metric,
@@ -245,19 +244,3 @@ def check_prediction(
         "lo": low,
         "hi": high,
     }
-
-
-def _relation(prediction: Prediction, target: float, low: float, high: float) -> bool | None:
-    """Whether the whole of low..high is on the predicted side, on the other, or on both (``None``)."""
-    if not (math.isfinite(low) and math.isfinite(high)):  # the training diverged
-        return False
-    if prediction.relation == "near":
-        inside = (target - prediction.margin, target + prediction.margin)
-        if inside[0] <= low and high <= inside[1]:
-            return True
-        return False if high < inside[0] or low > inside[1] else None
-    target += prediction.margin
-    above = True if low > target else False if high < target else None
-    if above is None:
-        return None
-    return above if prediction.relation == "above" else not above

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
+from thermoe.compare.predictions import RELATIONS
 from thermoe.compare.spec import preset_names
 from thermoe.config import apply_overrides, apply_tree, read_yaml
 from thermoe.errors import ConfigError, UnknownNameError
@@ -27,7 +28,6 @@ METRICS = {
     "dead_experts": "dead experts of all layers",
     "token_entropy": "entropy per token (nats)",
 }
-RELATIONS = ("below", "above", "near")
 
 
 @dataclass(kw_only=True, slots=True)
