@@ -95,7 +95,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldRows:
-    """Sequences of one batch that nothing was learned from.
+    """Sequences of one batch that nothing was learned from, with the rest of it where their routing depends on that.
 
     Args:
         batch: the number of that batch.

@@ -30,7 +30,7 @@ TOLERANCE, SURE = 0.01, 1.64
 NOISY_SE = 0.006
 #: Halvings of the search for the scale of the trust region, and how far below the cap it stays for rounding.
 BISECTIONS, ROUNDING = 20, 1e-4
-REJECTS_TO_RESET, COOL_DOWN = 3, 20
+REJECTS_TO_REST, COOL_DOWN = 3, 8
 #: A rejection halves the step size; so many acceptances undo it.
 ACCEPTS_TO_RECOVER = 4
 #: The shadow's CUSUM: slack and threshold in standard deviations.
