@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thermoe.adapt.learning_bucket import LearningBucket
 from thermoe.adapt.learning_work import LearningKind, LearningLedger, LearningWork, serving_nothing
@@ -73,6 +74,13 @@ class LearningCosts:
         return total
 
 
+@dataclass(slots=True)
+class Paid:
+    """Joules of a forward; ``None`` until it was made."""
+
+    energy_j: float | None = None
+
+
 class LearningAccount:
     """Prices and notes the work of learning.
 
@@ -101,20 +109,19 @@ class LearningAccount:
         self.bucket.spend(energy_j)
 
     @contextmanager
-    def forward(self, kind: LearningKind, tokens: int, *, all_experts: bool = False) -> Iterator[None]:
+    def forward(self, kind: LearningKind, tokens: int, *, all_experts: bool = False) -> Iterator[Paid]:
         """Make one forward that serves nobody inside the context; it is priced by what its routers decided.
 
         Args:
             kind: of the work.
             tokens: real tokens of the forward.
             all_experts: as in `LearningCosts.last_forward_j`.
+
+        Yields:
+            What it cost, known when the context is left.
         """
-        since_s = self.ledger.clock.now_s()
+        since_s, paid = self.ledger.clock.now_s(), Paid()
         with serving_nothing():
-            yield
-        self.spend(kind, tokens, self.costs.last_forward_j(tokens, all_experts=all_experts), since_s)
-
-
-def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> int:
-    """Return how many of (B, S) tokens are real."""
-    return input_ids.numel() if attention_mask is None else int(attention_mask.sum())
+            yield paid
+        paid.energy_j = self.costs.last_forward_j(tokens, all_experts=all_experts)
+        self.spend(kind, tokens, paid.energy_j, since_s)
