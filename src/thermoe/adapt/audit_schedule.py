@@ -16,6 +16,7 @@ from thermoe.errors import CheckpointError, ConfigError
 BURST_EVERY, BURST_TOKENS = 8, 16_000
 #: CUSUM: what is taken off each deviation and where the alarm goes off, in standard deviations; and observations first.
 SLACK_SD, ALARM_SD, BASELINE = 0.5, 5.0, 8
+_SUMS = ("mean", "squares", "above_sd", "below_sd")
 
 
 def audit_rate(num_experts: int, top_k: float) -> float:
@@ -39,10 +40,11 @@ def audit_rate(num_experts: int, top_k: float) -> float:
 
 
 class ShiftAlarm:
-    """One-sided CUSUM on errors: goes off when they stay above what was usual by more than half a deviation.
+    """Two-sided CUSUM on errors: goes off when they stay away from what was usual by more than half a deviation.
 
-    The usual is the running mean and deviation of the errors seen while the sum is below half of what it takes, so
-    that the shift itself does not become the usual before it is noticed. After an alarm the usual is learned anew.
+    Both ways, because other text may well be easier for a router. The usual is the running mean and deviation of the
+    errors seen while both sums are below half of what it takes, so that a shift does not become the usual before it is
+    noticed. After an alarm the usual is learned anew.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class ShiftAlarm:
 
     def reset(self) -> None:
         """Forget what was usual."""
-        self.count, self.mean, self.squares, self.sum_sd = 0, 0.0, 0.0, 0.0
+        self.count, self.mean, self.squares, self.above_sd, self.below_sd = 0, 0.0, 0.0, 0.0, 0.0
 
     def observe(self, error: float) -> bool:
         """Take in one error, and return whether it sets the alarm off. An error that is not finite is left out."""
@@ -58,11 +60,13 @@ class ShiftAlarm:
             return False
         if self.count >= BASELINE:
             deviation = max(math.sqrt(self.squares / (self.count - 1)), 1e-3 * abs(self.mean), 1e-12)
-            self.sum_sd = max(0.0, self.sum_sd + (error - self.mean) / deviation - SLACK_SD)
-            if self.sum_sd > ALARM_SD:
+            away = (error - self.mean) / deviation
+            self.above_sd = max(0.0, self.above_sd + away - SLACK_SD)
+            self.below_sd = max(0.0, self.below_sd - away - SLACK_SD)
+            if max(self.above_sd, self.below_sd) > ALARM_SD:
                 self.reset()
                 return True
-        if self.sum_sd < ALARM_SD / 2:
+        if max(self.above_sd, self.below_sd) < ALARM_SD / 2:
             self.count += 1
             before = error - self.mean
             self.mean += before / self.count
@@ -70,8 +74,8 @@ class ShiftAlarm:
         return False
 
     def state_dict(self) -> dict[str, float]:
-        """Return what was usual, and the sum."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares, "sum_sd": self.sum_sd}
+        """Return what was usual, and the sums."""
+        return {"count": self.count, **{name: getattr(self, name) for name in _SUMS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state.
@@ -81,7 +85,7 @@ class ShiftAlarm:
         """
         (count,) = whole_fields(state, ("count",))
         try:
-            mean, squares, sum_sd = (float(state[name]) for name in ("mean", "squares", "sum_sd"))
+            sums = {name: float(state[name]) for name in _SUMS}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the state of the alarm cannot be taken up: {error!r}",
@@ -89,7 +93,9 @@ class ShiftAlarm:
                 accepted="what state_dict returned",
                 fix="start afresh, without the state",
             ) from error
-        self.count, self.mean, self.squares, self.sum_sd = count, mean, squares, sum_sd
+        self.count = count
+        for name, value in sums.items():
+            setattr(self, name, value)
 
 
 class AuditSchedule:

@@ -3,6 +3,10 @@
 An audit replays a sequence that has just been scored, with every expert beside the chosen ones, as a forward of its
 own that serves nobody and is paid as such. What follows is the adapter's: trust region, judge, and the way back, which
 takes the teacher's evidence along.
+
+Other settings of the teacher are another objective, registered under a name of its own:
+
+    OBJECTIVES.register("local_often")(functools.partial(Local, rate=1 / 8))
 """
 
 from __future__ import annotations
@@ -24,15 +28,30 @@ class Local:
     Args:
         model: converted with the method "partition".
         seed: of the choice of audited sequences.
+        forgetting, min_tokens, rate: see `LocalTeacher`.
 
     Attributes:
-        teacher: the teacher itself; its `schedule.rate` and `min_tokens` may be set before the first batch.
+        teacher: the teacher itself.
+
+    Raises:
+        RoutingError: the model does not fit, or its fast weights are of another family.
+        ConfigError: a number is outside its range.
     """
 
     needs_graph = False
 
-    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
-        self.teacher = LocalTeacher(model, seed=seed)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        forgetting: float = 0.99,
+        min_tokens: int = 512,
+        rate: float | None = None,
+    ) -> None:
+        self.teacher = LocalTeacher(model, seed=seed, forgetting=forgetting, min_tokens=min_tokens, rate=rate)
+        for name in self.teacher.layers:
+            self.teacher.fast_of(name)
 
     def bound_j(self, costs: LearningCosts, batch_size: int, length: int) -> float:
         """Return the joules of a forward of the sequences that can be due, every expert on every token."""

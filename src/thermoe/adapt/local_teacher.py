@@ -168,7 +168,7 @@ class LocalTeacher:
         check_token_ids(input_ids, where="input_ids")
         counts = _token_weights(input_ids, attention_mask, weights)
         named = list(self.layers) if layers is None else list(layers)
-        fast = {name: self._fast_of(name) for name in named}
+        fast = {name: self.fast_of(name) for name in named}
         training = self.model.training
         self.model.eval()
         try:
@@ -181,7 +181,13 @@ class LocalTeacher:
         finally:
             self.model.train(training)
 
-    def _fast_of(self, name: str) -> FastWeights:
+    def fast_of(self, name: str) -> FastWeights:
+        """Return the fast weights of a layer.
+
+        Raises:
+            ConfigError: there is no such layer to audit.
+            RoutingError: it has none, or of a family that cannot be fitted.
+        """
         if name not in self.layers:
             raise ConfigError(
                 f"there is no layer {name!r}",
@@ -233,6 +239,8 @@ class LocalTeacher:
                 errors = self._update(self._students[name], fast[name])
                 if errors is not None:
                     before[name], after[name] = errors
+            if before and not self.updates:
+                self.alarm.reset()  # what was usual before the first update will not be after it
             self.updates += bool(before)
             if not before:
                 reason = "the outputs of the experts are not finite"

@@ -180,12 +180,13 @@ def test_the_alarm_goes_off_soon_after_a_step_and_rarely_without() -> None:
         found = _alarms(steady[:30] + [error + 0.06 for error in steady[30:]])
         if not any(20 < i < 30 for i in found):  # one that went off just before is still learning what is usual
             delays.append(next((i - 30 for i in found if i >= 30), 30))
-    assert len(delays) > 90 and sorted(delays)[len(delays) // 2] <= 2 and max(delays) <= 6
-    assert false <= 60, "one in 100 observations"
+    assert len(delays) > 80 and sorted(delays)[len(delays) // 2] <= 2 and max(delays) <= 6
+    assert false <= 80, "one in 75 observations"
 
 
-def test_errors_that_fall_set_nothing_off_and_what_is_not_finite_is_left_out() -> None:
-    assert _alarms([0.5 - 0.01 * i for i in range(50)]) == []
+def test_easier_text_is_other_text_too_and_what_is_not_finite_is_left_out() -> None:
+    draw = random.Random(1)
+    assert _alarms([0.2 + 0.02 * draw.gauss(0, 1) for _ in range(20)] + [0.1] * 5) == [20]
     draw = random.Random(0)
     errors = [0.2 + 0.02 * draw.gauss(0, 1) for _ in range(20)] + [0.5] * 5
     broken = [e for error in errors for e in (error, float("nan"))]

@@ -43,6 +43,8 @@ def test_it_is_registered_and_needs_no_graph() -> None:
     assert isinstance(objective, Local) and not objective.needs_graph and objective.teacher.schedule.seed == 3
     with pytest.raises(RoutingError, match="partition"):
         OBJECTIVES.get("local")(tiny_moe(method="copy"), seed=0)
+    with pytest.raises(RoutingError, match="full"):
+        OBJECTIVES.get("local")(planted_model(family="full"), seed=0)
 
 
 def test_it_recovers_planted_roles_and_pays_for_every_audit() -> None:
@@ -77,8 +79,7 @@ def test_what_is_held_back_padded_or_generated_is_not_learned_from() -> None:
     weights[0] = 0  # held back for the judge
     weights[1, 20:] = 0
     model = planted_model()
-    objective = Local(model)
-    objective.teacher.schedule.rate, objective.teacher.schedule.block = 1.0, 1
+    objective = Local(model, rate=1.0)
     proposal = _learn(objective, _account(model), ids, weights)
     assert proposal.gradients is None and proposal.weight == 21 + 40 + 40
     assert objective.teacher.pending == 101
@@ -88,8 +89,7 @@ def test_what_is_held_back_padded_or_generated_is_not_learned_from() -> None:
 
 def test_layers_that_may_not_move_stay() -> None:
     model = planted_model()
-    objective = Local(model)
-    objective.teacher.min_tokens = 32
+    objective = Local(model, min_tokens=32)
     names = [name for name, _ in moe_layers(model)]
     assert _learn(objective, _account(model), random_tokens(4, 64), layers=names[:1]).reason is None
     assert (model.transformer.h[0].mlp.router.fast.delta != 0).any()
