@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from thermoe.testing import random_tokens
 
 ROWS, LENGTH = 6, 40
 #: No trust region: roles that are all wrong cannot be put right inside one.
-FREE = Safeguards(kl_cap=None, judge_tokens=150, judge_tokens_most=600)
+FREE = Safeguards(kl_cap=None, judge_tokens=260, judge_tokens_most=1000)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,15 @@ def _nll(model: Any, ids: Tensor) -> float:
 
 def _adapter(model: Any, **settings: Any) -> RouterAdapter:
     return RouterAdapter(
-        model, **{"objective": "local_often", "family": "mix", "bucket": None, "safeguards": FREE, **settings}
+        model,
+        **{
+            "objective": "local_often",
+            "family": "mix",
+            "bucket": None,
+            "held_frac": 0.34,
+            "safeguards": FREE,
+            **settings,
+        },
     )
 
 
@@ -102,16 +111,20 @@ def test_a_teacher_that_lies_is_undone_with_its_evidence(text: Tensor, monkeypat
         assert all((one["fit"]["information"] == 0).all() for one in evidence.values())
 
 
-def test_a_teacher_that_lies_does_no_lasting_harm(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_goes_on_lying_is_stopped(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three updates undone in a row, then a cool-down at the trained router; without the judge the harm stays."""
     ends = {}
-    for guards in (FREE, Safeguards(kl_cap=None, judge=False, shadow=False, diversity=None)):
+    for judge in (True, False):
         model = planted_model(1, permuted=False, family=None)
         frozen = _nll(model, text[-4 * ROWS :])
+        guards = replace(FREE, judge=judge, shadow=False, diversity=None)
         with monkeypatch.context() as lying, _adapter(model, safeguards=guards) as adapter:
             _lie(lying)
-            _read(adapter, text[: 12 * ROWS])
-            ends[guards.judge] = _nll(model, text[-4 * ROWS :]) - frozen
-    assert ends[True] < 0.01 < 0.2 < ends[False], "and without the judge it does"
+            _read(adapter, text)
+            ends[judge] = _nll(model, text[-4 * ROWS :]) - frozen
+            if judge:
+                assert adapter.ledger.verdicts["rejected"] == 3 and "accepted" not in adapter.ledger.verdicts
+    assert ends[True] == 0 and ends[False] > 0.2
 
 
 def test_random_tokens_among_the_text_do_no_lasting_harm(text: Tensor) -> None:
