@@ -109,13 +109,13 @@ def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) ->
     """
     assert state.base is not None
     guards = live.safeguards
-    fresh, earlier = ([rows for rows in part if rows.evidence] for part in judge_rows(state, guards))
+    fresh, earlier = judge_rows(state, guards)
+    fresh = [rows for rows in fresh if rows.evidence]
     sides = _differences(live, state.base, [*fresh, *earlier], known)
     verdict, reason, pooled, old = _weigh(sides, fresh, earlier, guards)
     noisy = pooled is not None and pooled.se is not None and pooled.se > NOISY_SE
     if verdict == "deferred" and noisy and guards.judge_tokens_most > guards.judge_tokens:
         wider = state.held.before(state.mark, guards.judge_tokens_most)
-        wider = [rows for rows in wider if rows.evidence]
         more = [rows for rows in wider if rows not in earlier]
         if more and live.account.bucket.allows(judge_bound_j(live, [], more)):
             sides |= _differences(live, state.base, more, known)

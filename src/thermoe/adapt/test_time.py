@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +41,7 @@ from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.update import Live
 from thermoe.energy.cost_model import CostModel
 from thermoe.errors import CheckpointError, ConfigError, RoutingError
+from thermoe.models.classes import MoEModelMixin
 
 __all__ = ["AdaptStep", "RouterAdapter"]
 STATE_VERSION = 2
@@ -204,14 +206,8 @@ class RouterAdapter:
             self._last = self._learner.read(batch)
         return self._last
 
-    def read_prompt(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> AdaptStep:
-        """Score and learn from prompts before they are continued: `generate` then decodes with the fast weights.
-
-        A correction does not depend on the position, so cached decoding follows it. Raises as `score_and_learn`.
-        """
-        return self.score_and_learn(input_ids, attention_mask, weights)
+    #: For prompts that are continued then: `generate` decodes with the fast weights, for they know no position.
+    read_prompt = score_and_learn
 
     def reset(self) -> None:
         """Return the present stream to the trained routers exactly, and forget moments and updates that wait."""
@@ -365,6 +361,29 @@ class RouterAdapter:
             self._learner.load_state_dict(state)
         self.bucket.load_state_dict(state["bucket"])
         self.ledger.load_state_dict(state["ledger"])
+
+    def save_pretrained(self, folder: str | Path, **settings: Any) -> None:
+        """Save the model with what the present stream learned; loaded, it scores as it does now, bit for bit.
+
+        Args:
+            folder: of the checkpoint.
+            settings: of the model's own `save_pretrained`.
+
+        Raises:
+            RoutingError: the adapter is closed, or the routers are attached to a model whose checkpoints have no place
+                for fast weights.
+        """
+        self._require_open("save_pretrained")
+        model: Any = self.model
+        if not isinstance(model, MoEModelMixin):
+            raise RoutingError(
+                f"a checkpoint of {type(model).__name__} has no place for what was learned",
+                where="RouterAdapter.save_pretrained",
+                accepted="a converted model, whose configuration names its routers",
+                fix="save adapter.state_dict() beside the model with torch.save, and load it into a new RouterAdapter",
+            )
+        self._places.put()
+        model.save_pretrained(folder, keep_learned=True, **settings)
 
     def close(self) -> None:
         """Take the fast weights off; the model is as it was before. May be called twice."""
