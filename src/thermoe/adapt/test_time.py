@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
 from thermoe.adapt.adapter_settings import check_percentiles, check_settings, chosen_layers
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
@@ -56,7 +57,8 @@ class RouterAdapter:
         max_grad_norm: gradients are scaled down to this norm.
         family: of the fast weights: "full", "bias", "mix" or "low_rank"; see `routers/fast_weights.py`.
         rank: of the family "low_rank".
-        objective: a registered name: "next_token" (`objectives.py`).
+        objective: a registered name: "next_token" (`objectives.py`), for every model; "local" (`local_teacher.py`), for
+            models whose experts partition one network, with the family "mix" or "bias".
         optimizer: "adamw", or "muon" for the matrices.
         layers: "all"; "top_half", the layers whose routers are the most confident on the first batch; or positions or
             names of layers.
