@@ -9,7 +9,8 @@ import pytest
 import torch
 from session_rig import FORWARD_S, Rig, joules_of
 
-from thermoe.adapt.steps import EnergyWindows, ForwardCount
+from thermoe.adapt.steps import ForwardCount
+from thermoe.adapt.windows import EnergyWindows
 from thermoe.telemetry.plant import Fault
 
 
