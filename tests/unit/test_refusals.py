@@ -193,8 +193,12 @@ NO_TOKENS = [TOKENS[0], TOKENS[:0], TOKENS[:, :1], TOKENS.float(), TOKENS.tolist
 
 @pytest.mark.parametrize(
     "wrong",
-    [{name: value} for name in ("lr", "anchor", "max_grad_norm") for value in (-1, NAN, INF, "x", None, True)]
-    + [{"anchor": 0}, {"max_grad_norm": 0}],
+    [{name: value} for name in ("lr", "max_grad_norm", "min_tokens") for value in (-1, NAN, INF, "x", None, True)]
+    + [{name: value} for name in ("anchor", "held_frac", "bucket") for value in (-1, NAN, INF, "x", 1.1, True)]
+    + [{"anchor": 0}, {"max_grad_norm": 0}, {"min_tokens": 1.5}, {"held_frac": 1}, {"held_frac": None}]
+    + [{"seed": 1.5}, {"seed": None}, {"min_gain_per_j": -1}, {"percentiles": (95, 20)}, {"percentiles": 5}]
+    + [{"safeguards": {}}, {"optimizer": "sgd"}, {"objective": "next"}, {"layers": "some"}, {"layers": [9]}]
+    + [{"layers": []}, {"layers": 1.5}],
     ids=str,
 )
 def test_an_adapter_of_wrong_settings(moe: Any, wrong: dict[str, Any]) -> None:

@@ -1,45 +1,47 @@
-"""Test-time training of the routers: each batch is scored, then the fast weights take one step on its next-token loss.
+"""Test-time training of the routers: each batch is scored, then the fast weights take one step on what was read.
 
 The order is prequential, score before learning, so that the reported loss is never that of text already learned from.
-Only fast weights (`routers/fast_weights.py`) move: no other parameter gets a gradient or an optimiser state. Selection
-is piecewise constant, so the gradient reaches the router through the combine weights of the chosen experts. After a
-step the fast weights are multiplied by `anchor`, which pulls them back to the trained router (decay as in dynamic
-evaluation, arXiv 1904.08378); a loss or gradient that is not finite resets them.
+Only fast weights (`routers/fast_weights.py`) move: no other parameter gets a gradient or an optimiser state. What is
+learned from is an objective (`objectives.py`); what keeps it from doing harm are the safeguards (`safeguards.py`),
+all on by default; what it may cost is a share of the joules served (`learning_bucket.py`).
+
+    with RouterAdapter(model) as adapter:
+        for batch in batches:
+            step = adapter.score_and_learn(batch)
+        print(adapter.report())
+
+Shape letters: B sequences, S positions.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thermoe.errors import ConfigError, RoutingError
-from thermoe.evaluation import check_token_ids, sequence_nll
-from thermoe.moe.layer import routed_modules
-from thermoe.moe.offload import readable
-from thermoe.routers.base import Router
-from thermoe.routers.fast_weights import FastWeights
+from thermoe.adapt.adapter_settings import check_percentiles, check_settings, chosen_layers
+from thermoe.adapt.fast_optimizer import FastOptimizer
+from thermoe.adapt.fast_places import FastPlaces
+from thermoe.adapt.judging import without_fast
+from thermoe.adapt.learner import Learner, ReadSettings
+from thermoe.adapt.learning_bucket import LearningBucket
+from thermoe.adapt.learning_costs import LearningAccount, LearningCosts
+from thermoe.adapt.learning_report import AdaptStep, step_metrics, text_report
+from thermoe.adapt.learning_work import LearningLedger
+from thermoe.adapt.objectives import OBJECTIVES
+from thermoe.adapt.reading import Batch
+from thermoe.adapt.safeguards import Safeguards
+from thermoe.adapt.update import Live
+from thermoe.energy.cost_model import CostModel
+from thermoe.errors import CheckpointError, ConfigError, RoutingError
 
-
-@dataclass(frozen=True, slots=True)
-class AdaptStep:
-    """One batch: what it scored before learning, and what learning did.
-
-    Args:
-        sequence_nll: float32 (B,), nats per sequence, scored before the update.
-        learned: whether the fast weights moved.
-        reason: why not, when they did not.
-        change_norm: Euclidean norm of the change of all fast weights; 0 when nothing moved.
-    """
-
-    sequence_nll: Tensor
-    learned: bool
-    reason: str | None
-    change_norm: float
+__all__ = ["AdaptStep", "RouterAdapter"]
+STATE_VERSION = 2
 
 
 class RouterAdapter:
@@ -47,158 +49,324 @@ class RouterAdapter:
 
     Args:
         model: a causal language model with MoE layers.
-        lr: step size of AdamW on the fast weights.
-        anchor: factor on the fast weights after each step, in (0, 1]; 1 is no pull.
+        lr: step size of the optimiser on the fast weights.
+        anchor: the field of the safeguards of that name, for short.
         max_grad_norm: gradients are scaled down to this norm.
-        bias_only: adapt a bias per expert instead of the full router.
+        family: of the fast weights: "full", "bias", "mix" or "low_rank"; see `routers/fast_weights.py`.
+        rank: of the family "low_rank".
+        objective: a registered name: "next_token" (`objectives.py`).
+        optimizer: "adamw", or "muon" for the matrices.
+        layers: "all"; "top_half", the layers whose routers are the most confident on the first batch; or positions or
+            names of layers.
+        percentiles: learn from tokens whose loss lies between these percentiles of their batch alone.
+        min_tokens: collect batches until so many tokens are behind an update; 0 is an update at every batch.
+        held_frac: share of the rows of a batch that nothing is learned from, at least one row; of a single row, its
+            end. They are what the safeguards judge by; 0 leaves these without eyes.
+        safeguards: which are on; all by default.
+        bucket: share of the joules served that learning may cost, ``None`` for no cap. The first update may come at
+            once. Joules are the cost model's; those of work that the adapter does not see, such as generation, are
+            told to `bucket.earn`.
+        min_gain_per_j: nats that a joule of learning has to gain, else updates become rarer; see `Cadence`.
+        cost_model: joules of work; the prior by default.
+        seed: of what is held back; the same seed and stream give the same bits.
+
+    Attributes:
+        updates, resets: of the present stream.
+        ledger: joules of learning; always counted, whatever the bucket.
+        bucket: what learning may cost.
+        metrics: plain numbers and words, of the present stream and the last batch.
 
     Raises:
-        RoutingError: the model has no MoE layer, or is being adapted already.
-        ConfigError: ``lr``, ``anchor`` or ``max_grad_norm`` is outside its range.
+        RoutingError: the model has no MoE layer, is being adapted already, or does not fit the objective.
+        ConfigError: a setting is outside its range, or the model's work cannot be counted.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        lr: float = 1e-2,
-        anchor: float = 0.9,
+        lr: float = 1e-3,
+        anchor: float | None = None,
         max_grad_norm: float = 1.0,
-        bias_only: bool = False,
+        family: str = "full",
+        rank: int = 8,
+        objective: str = "next_token",
+        optimizer: str = "adamw",
+        layers: str | Sequence[int | str] = "all",
+        percentiles: tuple[float, float] | None = None,
+        min_tokens: int = 0,
+        held_frac: float = 0.125,
+        safeguards: Safeguards | None = None,
+        bucket: float | None = 0.05,
+        min_gain_per_j: float | None = None,
+        cost_model: CostModel | None = None,
+        seed: int = 0,
     ) -> None:
-        for name, value, fits, accepted, usual in (
-            ("lr", lr, lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-2),
-            ("anchor", anchor, lambda x: 0 < x <= 1, "a number above 0 and at most 1", 0.9),
-            ("max_grad_norm", max_grad_norm, lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-                raise ConfigError(
-                    f"{name} is {value!r}", where=f"adapt.{name}", accepted=accepted, fix=f"leave it at {usual}"
-                )
-        self.model = model
-        self.lr, self.anchor, self.max_grad_norm = lr, anchor, max_grad_norm
-        self.updates = 0
-        self.resets = 0
-        self._routers = self._attach(bias_only)
-        # Offloaded weights are other objects after every forward; none is learned from, frozen or not.
-        self._frozen = {p for p in model.parameters() if p.requires_grad and not p.is_meta} - set(self.parameters())
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        self._optimizer = self._new_optimizer()
-
-    def _attach(self, bias_only: bool) -> dict[str, Router]:
-        routers = {name: layer.router for name, layer in routed_modules(self.model) if isinstance(layer.router, Router)}
-        if not routers:
-            raise RoutingError(
-                "the model has no MoE layer whose router could learn",
-                where=type(self.model).__name__,
-                accepted="a model with thermoe routers",
-                fix="convert it first: thermoe.convert_to_moe(model)",
+        if anchor is not None:
+            check_settings(anchor=anchor)
+        check_settings(lr=lr, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac, seed=seed)
+        if min_gain_per_j is not None:
+            check_settings(min_gain_per_j=min_gain_per_j)
+        check_percentiles(percentiles)
+        if safeguards is not None and not isinstance(safeguards, Safeguards):
+            raise ConfigError(
+                f"the safeguards are {safeguards!r}",
+                where="adapt.safeguards",
+                accepted="a Safeguards, or None for all",
+                fix="use Safeguards(kl_cap=0.05, judge=True)",
             )
-        for name, router in routers.items():
-            if router.fast is not None:
-                raise RoutingError(
-                    "the router has fast weights already",
-                    where=name,
-                    accepted="one adapter per model at a time",
-                    fix="close the first adapter",
+        guards = safeguards or Safeguards()
+        self.model = model
+        self.safeguards = guards if anchor is None else replace(guards, anchor=anchor)
+        self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
+        self.family, self.objective = family, objective
+        make = OBJECTIVES.get(objective, where="adapt.objective")
+        settings = ReadSettings(
+            lr=lr,
+            layers=layers,
+            percentiles=percentiles,
+            held_frac=held_frac,
+            min_gain_per_j=min_gain_per_j,
+            seed=seed,
+        )
+        self._mode: str | None = None
+        self._last: AdaptStep | None = None
+        with torch.inference_mode(False):
+            self._places = FastPlaces(model, family, rank)
+            try:
+                chosen_layers(layers, self._places.fast)
+                costs = LearningCosts(model, cost_model or CostModel.prior())
+                live = Live(
+                    model,
+                    self._places.fast,
+                    FastOptimizer(self.parameters(), optimizer, lr),
+                    make(model, seed=seed),
+                    LearningAccount(costs, self.ledger, self.bucket),
+                    self.safeguards,
+                    max_grad_norm,
+                    min_tokens,
                 )
-        for router in routers.values():
-            fast = FastWeights(router.hidden_size, router.num_experts, bias_only=bias_only)
-            with readable(router):
-                router.fast = fast.to(router.weight.device)
-        return routers
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
+                self._learner = Learner(live, settings)
+            except BaseException:
+                self._places.remove()
+                raise
+            # Offloaded weights are other objects after every forward; none is learned from, frozen or not.
+            mine = set(self.parameters())
+            self._frozen = {p for p in model.parameters() if p.requires_grad and not p.is_meta} - mine
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return every fast weight, layer by layer."""
-        return [p for router in self._routers.values() if router.fast is not None for p in router.fast.parameters()]
+        """Return every fast weight, layer by layer; none once the adapter is closed."""
+        return [p for fast in self._places.fast.values() for p in fast.parameters()]
 
-    def score_and_learn(self, input_ids: Tensor) -> AdaptStep:
-        """Score int64 (B, S) token ids with the present fast weights, then learn from them.
+    @property
+    def updates(self) -> int:
+        """Updates made in the present stream, those that were undone later included."""
+        return self._learner.state.updates
+
+    @property
+    def resets(self) -> int:
+        """How often a safeguard reset the present stream."""
+        return self._learner.state.resets
+
+    @property
+    def lr(self) -> float:
+        """The present step size: halved by rejections, regained by acceptances."""
+        return self._learner.live.optimizer.lr
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def score_and_learn(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> AdaptStep:
+        """Score token ids with the present fast weights, then learn from them.
+
+        Args:
+            input_ids: int64 (B, S).
+            attention_mask: (B, S), 0 where a token is padding.
+            weights: (B, S) of at least 0: how much each token counts as a prediction to learn from; 0 for text that a
+                model generated. What is scored does not depend on them.
 
         Raises:
-            ConfigError: these are no token ids (B, S) with S of at least 2, so that there is none to predict.
+            ConfigError: these are no token ids with S of at least 2, so that there is none to predict, or mask or
+                weights do not fit them; nothing is scored then.
             RoutingError: the adapter is closed.
         """
-        check_token_ids(input_ids, where="input_ids")
-        if not self.parameters():
+        with torch.inference_mode(False):
+            batch = Batch.of(input_ids, attention_mask, weights)
+            self._require_open("score_and_learn")
+            self._places.put()
+            if self._mode is not None:
+                return self._learner.score(batch, self._mode)
+            self._last = self._learner.read(batch)
+        return self._last
+
+    def read_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> AdaptStep:
+        """Score and learn from prompts before they are continued: `generate` then decodes with the fast weights.
+
+        A correction does not depend on the position, so cached decoding follows it. Raises as `score_and_learn`.
+        """
+        return self.score_and_learn(input_ids, attention_mask, weights)
+
+    def reset(self) -> None:
+        """Return the present stream to the trained routers exactly, and forget moments and updates that wait."""
+        self._learner.reset()
+
+    # -- modes and streams ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Learn nothing while the context is open: everything is scored in the present state, which stays as it is."""
+        with self._in_mode("frozen: nothing is learned"):
+            yield
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Take the fast weights off while the context is open: the trained routers alone, bit for bit.
+
+        A CUDA graph that was captured with the fast weights in place goes on using them.
+        """
+        hidden = self._places.hidden
+        with self._in_mode("the fast weights are off: nothing is learned"):
+            self._places.hidden = True
+            try:
+                with without_fast(self.model, self._places.fast):
+                    yield
+            finally:
+                self._places.hidden = hidden
+
+    @contextmanager
+    def _in_mode(self, why: str) -> Iterator[None]:
+        self._require_open("frozen or slow")
+        before, self._mode = self._mode, why
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    @contextmanager
+    def _back_to(self, name: str) -> Iterator[RouterAdapter]:
+        try:
+            yield self
+        finally:
+            if self._places.fast:
+                self._learner.go_to(name)
+
+    def stream(self, name: str) -> Any:
+        """Go on with the state of the stream ``name``, new if it is; nothing that is learned is shared between streams.
+
+        Energy is: they have one bucket and one ledger. Without this call everything is of the stream "default".
+
+        Returns:
+            A context manager, for those who want it, that goes back to the present stream.
+
+        Raises:
+            ConfigError: the name is no text, or empty.
+            RoutingError: the adapter is closed, or its fast weights are off.
+        """
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"the stream is called {name!r}",
+                where="RouterAdapter.stream",
+                accepted="a text that is not empty",
+                fix="name it after its user or its text",
+            )
+        self._require_open("stream")
+        before = self._learner.name
+        with torch.inference_mode(False):
+            self._learner.go_to(name)
+        return self._back_to(before)
+
+    @property
+    def streams(self) -> list[str]:
+        """Names of the streams that were read."""
+        return list(self._learner.streams)
+
+    def forget_stream(self, name: str) -> None:
+        """Drop a stream that is not the present one.
+
+        Raises:
+            ConfigError: it is the present one, or there is none of that name.
+        """
+        if name == self._learner.name or name not in self._learner.streams:
+            raise ConfigError(
+                f"the stream {name!r} cannot be dropped",
+                where="RouterAdapter.forget_stream",
+                accepted=f"one of {', '.join(n for n in self.streams if n != self._learner.name) or 'none'}",
+                fix="go to another stream first, or call reset() for the present one",
+            )
+        del self._learner.streams[name]
+
+    def _require_open(self, name: str) -> None:
+        if not self._places.fast:
             raise RoutingError(
                 "the adapter is closed",
-                where="RouterAdapter.score_and_learn",
+                where=f"RouterAdapter.{name}",
                 accepted="an adapter inside its with block",
                 fix="make a new RouterAdapter",
             )
-        with torch.enable_grad():
-            logits = self.model(input_ids).logits
-            nll = sequence_nll(logits, input_ids)
-            loss = nll.sum() / (input_ids.shape[0] * (input_ids.shape[1] - 1))
-            scored = nll.detach()
-            if not bool(torch.isfinite(loss)):
-                return self._refuse(scored, "the loss is not finite")
-            if not loss.requires_grad:
-                return AdaptStep(scored, False, "no token used an expert", 0.0)
-            parameters = self.parameters()
-            # A layer in which no token used an expert has no part in the loss.
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            return self._refuse(scored, "the gradient is not finite")
-        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        before = [p.detach().clone() for p in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient * scale
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.mul_(self.anchor)
-            change = torch.nn.utils.get_total_norm([p - b for p, b in zip(parameters, before, strict=True)])
-        moved = float(change)
-        self.updates += moved > 0
-        return AdaptStep(scored, moved > 0, None if moved > 0 else "the step was zero", moved)
 
-    def _refuse(self, scored: Tensor, reason: str) -> AdaptStep:
-        self.reset()
-        self.resets += 1
-        return AdaptStep(scored, False, f"{reason}; the fast weights were reset", 0.0)
+    # -- what is left --------------------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Return to the trained router exactly, and forget the optimiser's moments."""
-        for router in self._routers.values():
-            if router.fast is not None:
-                router.fast.reset()
-        self._optimizer = self._new_optimizer()
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Plain numbers and words of the present stream and the last batch; unknown is ``None``."""
+        return step_metrics(self._last, self._learner.state, self.lr, self.ledger, self.bucket)
+
+    def report(self) -> str:
+        """Return what happened so far, for people."""
+        return text_report(self.metrics, self.ledger.counts, stream=self._learner.name, family=self.family)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return fast weights, optimiser state and counters."""
-        return {
-            "fast": {
-                name: router.fast.state_dict() for name, router in self._routers.items() if router.fast is not None
-            },
-            "optimizer": self._optimizer.state_dict(),
-            "updates": self.updates,
-            "resets": self.resets,
+        """Return a copy of everything that `load_state_dict` needs to go on bit for bit, streams included."""
+        return self._learner.state_dict() | {
+            "version": STATE_VERSION,
+            "family": self.family,
+            "objective_name": self.objective,
+            "bucket": self.bucket.state_dict(),
+            "ledger": self.ledger.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state returned by `state_dict`."""
-        for name, fast in state["fast"].items():
-            module = self._routers[name].fast
-            assert module is not None
-            module.load_state_dict(fast)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.updates, self.resets = state["updates"], state["resets"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state returned by `state_dict`, of an adapter with the same settings.
+
+        Raises:
+            CheckpointError: it is of another version, family, objective or model; nothing is changed then.
+        """
+        self._require_open("load_state_dict")
+        wanted = {"version": STATE_VERSION, "family": self.family, "objective_name": self.objective}
+        found = {name: state.get(name) for name in wanted} if isinstance(state, Mapping) else {}
+        if found != wanted:
+            raise CheckpointError(
+                f"the state is of {found or type(state).__name__}",
+                where="RouterAdapter.load_state_dict",
+                accepted=", ".join(f"{name} {value!r}" for name, value in wanted.items()),
+                fix="open the adapter with the settings of the one that was saved, or start afresh",
+            )
+        before = self.state_dict()
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self._take(before)
+            raise CheckpointError(
+                f"the state cannot be taken up: {type(error).__name__}: {error}",
+                where="RouterAdapter.load_state_dict",
+                accepted="what state_dict returned, for the same model",
+                fix="start afresh, without the state",
+            ) from error
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        with torch.inference_mode(False):
+            self._learner.load_state_dict(state)
+        self.bucket.load_state_dict(state["bucket"])
+        self.ledger.load_state_dict(state["ledger"])
 
     def close(self) -> None:
         """Take the fast weights off; the model is as it was before. May be called twice."""
-        mine = {id(router.fast) for router in self._routers.values() if router.fast is not None}
-        present = [layer.router for _, layer in routed_modules(self.model)]  # set_router hands fast weights on
-        for router in [*self._routers.values(), *present]:
-            if isinstance(router, Router) and id(router.fast) in mine:
-                router.fast = None
+        self._places.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = set()

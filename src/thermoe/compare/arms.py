@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.test_time import RouterAdapter
 from thermoe.compare.spec import CompareSpec
 from thermoe.evaluation import sequence_nll
@@ -91,7 +92,16 @@ def _priced(prepared: Prepared) -> Iterator[Scorer]:
 @contextmanager
 def _adapting(prepared: Prepared) -> Iterator[Scorer]:
     settings = prepared.spec.adapt
-    with RouterAdapter(prepared.moe, lr=settings.lr, anchor=settings.anchor, bias_only=settings.bias_only) as adapter:
+    # The arm is what learning at every batch does; what it costs is counted beside, so nothing caps or judges it.
+    with RouterAdapter(
+        prepared.moe,
+        lr=settings.lr,
+        anchor=settings.anchor,
+        family=settings.family,
+        safeguards=Safeguards.none(),
+        held_frac=0.0,
+        bucket=None,
+    ) as adapter:
         # The graph of the scoring forward is used for learning, so a step costs one backward to the activations more.
         yield Scorer(prepared.moe, lambda batch: adapter.score_and_learn(batch).sequence_nll, learning_passes=1.0)
 

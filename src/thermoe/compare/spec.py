@@ -81,7 +81,7 @@ class AdaptSettings:
 
     lr: float = 1e-2
     anchor: float = 0.9
-    bias_only: bool = False
+    family: str = "full"
 
 
 @dataclass(kw_only=True, slots=True)

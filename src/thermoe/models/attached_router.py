@@ -93,7 +93,7 @@ class AttachedRouter(Routed):
             logits = own_logits.float()
             unmoved = torch.ones_like(own_index[:, :1], dtype=torch.bool)
             if fast is not None:
-                correction = fast(x_TD.float())
+                correction = fast(x_TD.float(), logits)
                 logits = logits + correction
                 unmoved = (correction == 0).all(-1, keepdim=True)
             scores = self.scoring.selection_scores(logits, self.base)

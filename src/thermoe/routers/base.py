@@ -129,7 +129,7 @@ class Router(nn.Module):
         if self.fast is None:
             return logits
         with torch.autocast(x_TD.device.type, enabled=False):
-            return logits + self.fast(x_TD.float())
+            return logits + self.fast(x_TD.float(), logits)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return float32 (T, O) that sums to 1 per token: what the gate, losses and statistics work on."""

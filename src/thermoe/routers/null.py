@@ -94,7 +94,8 @@ class NullRouter(Router):
         if self.fast is None:
             return logits
         with torch.autocast(x_TD.device.type, enabled=False):
-            return logits + F.pad(self.fast(x_TD.float()), (0, self.num_outputs - self.num_experts))
+            correction = self.fast(x_TD.float(), logits[:, : self.num_experts])
+            return logits + F.pad(correction, (0, self.num_outputs - self.num_experts))
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Return the top-k of all outputs."""

@@ -238,7 +238,7 @@ def test_adapting_after_a_padded_batch(family: str) -> None:
     steps = []
     for padded_before in (False, True):
         model = tiny_native(family)
-        with attach_router(model), RouterAdapter(model, lr=3e-2, anchor=1.0) as adapter:
+        with attach_router(model), RouterAdapter(model, lr=3e-2, anchor=1.0, bucket=None) as adapter:
             scores = []
             for _ in range(4):
                 if padded_before:

@@ -32,7 +32,7 @@ def test_an_attached_model_is_a_model_like_any_other(family: str) -> None:
     set_router(model, replaced)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with RouterAdapter(model, lr=3e-2, anchor=1.0) as adapter:
+    with RouterAdapter(model, lr=3e-2, anchor=1.0, bucket=None) as adapter:
         scores = [adapter.score_and_learn(IDS).sequence_nll for _ in range(12)]
         assert adapter.updates == 12
     assert float(scores[-1].sum()) < float(scores[0].sum())

@@ -12,7 +12,7 @@ from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.routers.alternatives import RandomRouter
 from thermoe.routers.base import Router
-from thermoe.routers.fast_weights import FastWeights
+from thermoe.routers.fast_weights import FAST_FAMILIES, FastFamily, FastWeights
 from thermoe.routers.topk import NoisyTopKRouter, TopKRouter
 
 D, E, K = 10, 6, 3
@@ -155,19 +155,23 @@ def test_the_base_chooses_nothing() -> None:
 # --- fast weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias_only", [False, True])
-def test_fast_weights_start_as_nothing_and_add_up(bias_only: bool) -> None:
+@pytest.mark.parametrize("family", FAST_FAMILIES)
+def test_fast_weights_start_as_nothing_and_add_up(family: FastFamily) -> None:
     router, x = _router(), torch.randn(30, D)
     before = router(x)
-    router.fast = FastWeights(D, E, bias_only=bias_only)
+    router.fast = FastWeights(D, E, family, rank=3)
+    if family == "mix":
+        router.fast.set_statistics(before.logits.mean(0), before.logits.std(0, correction=0))
     after = router(x)
     assert torch.equal(after.logits, before.logits) and torch.equal(after.weights, before.weights)
     with torch.no_grad():
         for parameter in router.fast.parameters():
             parameter.normal_()
     expected = before.logits + router.fast.delta
-    if not bias_only:
-        expected = expected + x @ router.fast.matrix.T  # type: ignore[union-attr]
+    if router.fast.matrix is not None:
+        zbar = (before.logits - before.logits.mean(0)) / before.logits.std(0, correction=0)
+        low = x @ router.fast.directions.T if family == "low_rank" else x
+        expected = expected + (zbar if family == "mix" else low) @ router.fast.matrix.T
     torch.testing.assert_close(router(x).logits, expected)
     assert torch.equal(router.slow_scores(x), before.logits)
     router.fast.reset()

@@ -1,0 +1,354 @@
+"""Reads batches for an adapter: scores, learns, judges, and keeps the streams apart.
+
+Shape letters: B sequences, S positions.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thermoe.adapt.adapter_settings import chosen_layers
+from thermoe.adapt.fast_optimizer import FastOptimizer
+from thermoe.adapt.judging import Judged, judge_bound_j, judge_rows, judge_update, shadow, shadow_rows
+from thermoe.adapt.learning_bucket import Cadence
+from thermoe.adapt.learning_report import AdaptStep
+from thermoe.adapt.objectives import LearnBatch
+from thermoe.adapt.reading import (
+    Batch,
+    HeldRows,
+    HeldText,
+    RouterInput,
+    hold_back,
+    inside_percentiles,
+    record_inputs,
+    rows_interact,
+    token_nll,
+)
+from thermoe.adapt.safeguards import (
+    ACCEPTS_TO_RECOVER,
+    CHEAP_FRAC,
+    COOL_DOWN,
+    OFTEN,
+    REJECTS_TO_RESET,
+    cusum,
+)
+from thermoe.adapt.stream_state import Learned, StreamState
+from thermoe.adapt.update import Live, Outcome, update
+
+DEFAULT_STREAM = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSettings:
+    """How batches are read; see `RouterAdapter`."""
+
+    lr: float
+    layers: str | Sequence[int | str]
+    percentiles: tuple[float, float] | None
+    held_frac: float
+    min_gain_per_j: float | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    """A batch with its scores: nll (B, S - 1) with or without a graph, and masks on its device."""
+
+    batch: Batch
+    nll: Tensor
+    real: Tensor
+    counted: Tensor
+    weights: Tensor
+    seen: Mapping[str, RouterInput]
+    sequence_nll: Tensor
+    tokens: Tensor
+    served_j: float
+
+    def step(self, reason: str | None, verdict: str = "skipped") -> AdaptStep:
+        """Return the record of a batch that changed nothing."""
+        return AdaptStep(self.sequence_nll, False, reason, 0.0, self.tokens, verdict)  # type: ignore[arg-type]
+
+
+class Learner:
+    """Scores and learns, one batch at a time, with the state of one stream at a time.
+
+    Args:
+        live: fast weights, optimiser, objective, account and safeguards.
+        settings: how batches are read.
+
+    Attributes:
+        name, state: of the present stream.
+        streams: all of them.
+    """
+
+    def __init__(self, live: Live, settings: ReadSettings) -> None:
+        self.live, self.settings = live, settings
+        self.name = DEFAULT_STREAM
+        self.state = self.new_state()
+        self.streams: dict[str, StreamState] = {self.name: self.state}
+        self._start_j = 0.0
+
+    def new_state(self) -> StreamState:
+        """Return the state of a stream that was not read yet."""
+        held = HeldText(self.live.safeguards.judge_tokens_most)
+        return StreamState(held, Cadence(self.settings.min_gain_per_j))
+
+    # -- one batch -----------------------------------------------------------------------------------------------------
+
+    def score(self, batch: Batch, reason: str) -> AdaptStep:
+        """Score a batch and change nothing, not even a counter."""
+        with torch.no_grad():
+            nll, _ = token_nll(self.live.model, batch.input_ids, batch.mask)
+        return self._scored(batch, nll, torch.zeros_like(batch.real), batch.weights, {}).step(reason)
+
+    def read(self, batch: Batch) -> AdaptStep:
+        """Score a batch, then learn from it where that is due and paid for."""
+        live, state, ledger = self.live, self.state, self.live.account.ledger
+        state.batches += 1
+        self._start_j = ledger.energy_j
+        step = self._shadowed(self._read(batch))
+        learning_j = ledger.energy_j - self._start_j
+        state.waiting_j += learning_j
+        state.skipped += step.verdict == "skipped"
+        return replace(step, learning_j=learning_j, provenance=live.account.costs.provenance, stream=self.name)
+
+    def _read(self, batch: Batch) -> AdaptStep:
+        live, state, bucket = self.live, self.state, self.live.account.bucket
+        held = hold_back(batch, self.settings.held_frac, f"{self.settings.seed}/{self.name}/{state.batches}")
+        weights, counted = batch.weights.masked_fill(held, 0), held & (batch.weights > 0)
+        why_not = self._why_not(batch, weights, counted)
+        with (
+            torch.set_grad_enabled(why_not is None and live.objective.needs_graph),
+            record_inputs(live.fast, standardise=not state.standardised) as seen,
+        ):
+            nll, vocabulary = token_nll(live.model, batch.input_ids, batch.mask)
+        state.standardised = True
+        scored = self._scored(batch, nll, counted, weights, seen)
+        if bucket.earns_scoring:
+            bucket.earn(scored.served_j)
+        predicted = int(scored.tokens.sum())
+        state.waiting_tokens += predicted
+        mean_nll = float(scored.sequence_nll.double().sum()) / predicted
+        if not math.isfinite(mean_nll):
+            return self._reset(scored, "the loss is not finite")
+        state.cadence.note_score(mean_nll)
+        if bool(scored.counted.any()):
+            # Text that is read no better than by guessing is no evidence of anything.
+            evidence = float(nll.detach()[scored.counted].mean()) < math.log(vocabulary)
+            state.held.add(self._held_rows(batch, scored.counted, evidence=evidence))
+        return self._learn(scored) if why_not is None else scored.step(why_not)
+
+    def _scored(
+        self, batch: Batch, nll: Tensor, counted: Tensor, weights: Tensor, seen: Mapping[str, RouterInput]
+    ) -> _Scored:
+        served_j = self.live.account.costs.last_forward_j(batch.tokens)
+        real, counted, weights = (value.to(nll.device) for value in (batch.real, counted, weights))
+        flat = nll.detach() if batch.mask is None else torch.where(real, nll.detach(), 0)
+        if self.settings.percentiles is not None:
+            weights = inside_percentiles(nll.detach(), weights, *self.settings.percentiles)
+        return _Scored(batch, nll, real, counted, weights, seen, flat.sum(-1), real.sum(-1), served_j)
+
+    def _why_not(self, batch: Batch, weights: Tensor, counted: Tensor) -> str | None:
+        """Return why this batch is not learned from, or ``None``."""
+        state, live, guards = self.state, self.live, self.live.safeguards
+        if not bool((weights > 0).any()):
+            return "every weight is 0: there is nothing to learn from"
+        if state.batches <= state.cool_until:
+            left = state.cool_until - state.batches + 1
+            return f"cooling down after {REJECTS_TO_RESET} rejections: {left} batches to go"
+        due = 0 if state.update_batch is None else state.update_batch + state.cadence.interval
+        if state.batches < due and state.chunk is None:
+            return state.cadence.reason
+        rows, length = batch.input_ids.shape
+        most_j = live.objective.bound_j(live.account.costs, rows, length)
+        collected = 0 if state.chunk is None else state.chunk[2]
+        if guards.judge and collected + int((weights > 0).sum()) >= live.min_tokens:
+            fresh, earlier = judge_rows(state, guards)
+            fresh = [*fresh, self._held_rows(batch, counted, evidence=True)]
+            if sum(one.tokens for one in fresh) >= guards.judge_tokens:
+                most_j += judge_bound_j(live, fresh, earlier)
+        bucket = live.account.bucket
+        if not bucket.allows(most_j):
+            return f"no credit: an update may cost {most_j:.3g} J, and the bucket holds {bucket.level_j or 0:.3g} J"
+        return None
+
+    def _held_rows(self, batch: Batch, counted: Tensor, *, evidence: bool) -> HeldRows:
+        rows = counted.any(-1).to(batch.input_ids.device)
+        mask = None if batch.mask is None else batch.mask[rows]
+        count = int(counted.sum())
+        return HeldRows(self.state.batches, batch.input_ids[rows], mask, counted[rows], count, evidence)
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def _learn(self, scored: _Scored) -> AdaptStep:
+        live, state, batch = self.live, self.state, scored.batch
+        since_s, known, first = live.account.ledger.clock.now_s(), {}, state.base is None
+        if first:
+            state.base, state.base_batch = Learned.of(live.fast, live.optimizer, live.objective), state.batches - 1
+            if not rows_interact(live.routers()):  # else rows that are held back route otherwise by themselves
+                known = {state.batches: scored.nll.detach()[scored.counted]}
+        if state.layers is None:
+            state.layers = chosen_layers(self.settings.layers, live.fast, scored.seen)
+        given = LearnBatch(
+            live.model,
+            {name: live.fast[name] for name in state.layers},
+            batch.input_ids,
+            batch.mask,
+            scored.nll,
+            scored.weights,
+            zlib.crc32(f"{self.settings.seed}/{self.name}/{state.batches}".encode()),
+            live.account,
+        )
+        outcome = update(live, state, given, scored.seen, scored.counted, scored.real)
+        if live.objective.needs_graph:  # a backward to the activations costs as much as the forward did
+            live.account.spend("update", batch.tokens, scored.served_j, since_s)
+        if outcome.broken:
+            return self._reset(scored, outcome.reason or "")
+        if not outcome.moved:
+            if first and not outcome.collected:
+                state.base = None
+            return scored.step(outcome.reason, "collected" if outcome.collected else "skipped")
+        state.updates += 1
+        state.update_batch = state.batches
+        return self._follow(self._verdict(known), scored, outcome)
+
+    def _verdict(self, known: Mapping[int, Tensor]) -> Judged:
+        state, guards = self.state, self.live.safeguards
+        if not guards.judge:
+            return Judged("accepted", "nothing is judged", None, None, None)
+        held = sum(rows.tokens for rows in state.held.since(state.mark))
+        if held < guards.judge_tokens:
+            reason = f"{held} of {guards.judge_tokens} held-back tokens for a verdict"
+            return Judged("deferred", reason, None, None, None)
+        return judge_update(self.live, state, known)
+
+    def _follow(self, judged: Judged, scored: _Scored, outcome: Outcome) -> AdaptStep:
+        """Do what the verdict asks for."""
+        live, state = self.live, self.state
+        live.account.ledger.note_verdict(judged.verdict)
+        reason = None if judged.verdict == "accepted" else judged.reason
+        step = replace(
+            scored.step(reason, judged.verdict),
+            learned=judged.verdict != "rejected",
+            change_norm=0.0 if judged.verdict == "rejected" else outcome.change_norm,
+            judged=judged.paired,
+            cost_ratio=judged.cost_ratio,
+            kl=outcome.kl,
+        )
+        if judged.verdict == "deferred":
+            state.deferred += 1
+            return step
+        gain = 0.0
+        if judged.verdict == "accepted":
+            state.accepted += 1
+            state.rejects_in_row = 0
+            live.optimizer.lr = min(self.settings.lr, live.optimizer.lr * 2 ** (1 / ACCEPTS_TO_RECOVER))
+            gain = 0.0 if judged.paired is None else max(0.0, -judged.paired.mean) * state.waiting_tokens
+        else:
+            assert state.base is not None
+            state.rejected += 1
+            state.rejects_in_row += 1
+            state.base.restore(live.fast, live.optimizer, live.objective)
+            live.optimizer.lr /= 2
+            step = replace(step, kl=None, reason=f"undone: {judged.reason}")
+        here_j = live.account.ledger.energy_j - self._start_j
+        if judged.paired is not None:
+            state.cadence.note_verdict(gain, state.waiting_j + here_j)
+        state.waiting_j, state.waiting_tokens, state.base = -here_j, 0, None
+        if state.rejects_in_row >= REJECTS_TO_RESET:
+            self.reset()
+            state.resets += 1
+            state.cool_until = state.batches + COOL_DOWN
+            reason = f"{step.reason}; {REJECTS_TO_RESET} in a row: reset, and no update for {COOL_DOWN} batches"
+            step = replace(step, reason=reason)
+        return step
+
+    def _shadowed(self, step: AdaptStep) -> AdaptStep:
+        """Score the trained routers beside the adapted ones where that is due."""
+        live, state, guards = self.live, self.state, self.live.safeguards
+        since, bucket = state.batches - state.shadow_batch, live.account.bucket
+        if not guards.shadow or since < min(OFTEN, guards.shadow_every) or not self.is_moved():
+            return step
+        rows = shadow_rows(state.held)
+        if not rows or bucket.frac == 0:
+            return step
+        most_j = live.account.costs.bound_j(2 * sum(one.forward_tokens for one in rows), forwards=2 * len(rows))
+        cheap = bucket.frac is None or most_j <= CHEAP_FRAC * (bucket.level_j or 0.0)
+        if not cheap and (since < guards.shadow_every or not bucket.allows(most_j)):
+            return step
+        found = shadow(live, rows)
+        state.shadows += 1
+        state.shadow_batch, state.shadow_nats = state.batches, None if found is None else found.mean
+        state.cusum, alarm = cusum(state.cusum, found)
+        if not alarm:
+            return replace(step, shadow=found)
+        self.reset()
+        state.resets += 1
+        state.cadence.note_shift("the trained routers had become the better ones")
+        reason = f"the trained routers are better: {found}; the fast weights were reset"
+        return replace(step, shadow=found, learned=False, change_norm=0.0, kl=None, verdict="reset", reason=reason)
+
+    def is_moved(self) -> bool:
+        """Whether any fast weight is not 0."""
+        return any(bool(p.detach().any()) for fast in self.live.fast.values() for p in fast.parameters())
+
+    def _reset(self, scored: _Scored, reason: str) -> AdaptStep:
+        self.reset()
+        self.state.resets += 1
+        return scored.step(f"{reason}; the fast weights were reset", "reset")
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        live = self.live
+        for fast in live.fast.values():
+            fast.reset()
+        live.optimizer = FastOptimizer(live.optimizer.parameters, live.optimizer.kind, self.settings.lr)
+        live.objective.reset()
+
+    def reset(self) -> None:
+        """Return the present stream to the trained routers exactly."""
+        self._clear()
+        self.state.forget()
+
+    def go_to(self, name: str) -> None:
+        """Park the present stream and take up another."""
+        if name == self.name:
+            return
+        live = self.live
+        self.state.parked = Learned.of(live.fast, live.optimizer, live.objective)
+        self._clear()
+        self.name, self.state = name, self.streams.setdefault(name, self.new_state())
+        if self.state.parked is not None:
+            self.state.parked.restore(live.fast, live.optimizer, live.objective)
+            self.state.parked = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of all streams."""
+        live = self.live
+        return {
+            "stream": self.name,
+            "streams": {name: state.state_dict() for name, state in self.streams.items()},
+            **Learned.of(live.fast, live.optimizer, live.objective).as_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned; raises what Python raises where it does not fit."""
+        if set(state["fast"]) != set(self.live.fast):
+            raise ValueError(f"the layers are {', '.join(state['fast'])}")
+        held = self.live.safeguards.judge_tokens_most
+        streams = {
+            name: StreamState.from_state(one, HeldText(held), self.settings.min_gain_per_j)
+            for name, one in state["streams"].items()
+        }
+        name, now = state["stream"], Learned(state["fast"], state["optimizer"], state["objective"])
+        present = streams[name]
+        now.restore(self.live.fast, self.live.optimizer, self.live.objective)
+        self.name, self.state, self.streams = name, present, streams

@@ -1,0 +1,226 @@
+"""One update of the fast weights, with the safeguards that act on the weights themselves.
+
+In this order: the objective's gradients (or its own move), one step of the optimiser, the pull to the trained router,
+the diversity floor, the trust region. What is not finite is reported and never stays.
+
+Shape letters: B sequences, S positions, T tokens, L layers, E experts, O router outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thermoe.adapt.fast_optimizer import FastOptimizer
+from thermoe.adapt.learning_costs import LearningAccount
+from thermoe.adapt.objectives import LearnBatch, Objective
+from thermoe.adapt.reading import RouterInput
+from thermoe.adapt.safeguards import (
+    BALANCE_STEP,
+    CROWDED_BATCHES,
+    Safeguards,
+    diversity_ratio,
+    top_k_load,
+    trust_region_scale,
+)
+from thermoe.adapt.stream_state import StreamState
+from thermoe.moe.layer import Routed, routed_modules
+from thermoe.routers.base import Router
+from thermoe.routers.fast_weights import FastWeights
+
+#: Most tokens on which the trust region is measured.
+REGION_TOKENS = 2048
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """The parts of an adapter that an update works with.
+
+    Args:
+        model: the model.
+        fast: fast weights by dotted layer name.
+        optimizer: of all of them.
+        objective: what is learned from.
+        account: pays.
+        safeguards: settings.
+        max_grad_norm: gradients are scaled down to this norm.
+        min_tokens: gradients are collected until so many tokens are behind them.
+    """
+
+    model: nn.Module
+    fast: dict[str, FastWeights]
+    optimizer: FastOptimizer
+    objective: Objective
+    account: LearningAccount
+    safeguards: Safeguards
+    max_grad_norm: float
+    min_tokens: int
+
+    def modules(self) -> dict[str, Routed]:
+        """Return the routed modules that learn, by name, as they are now: routers may have been swapped."""
+        return {name: module for name, module in routed_modules(self.model) if name in self.fast}
+
+    def routers(self) -> list[nn.Module]:
+        """Return the routers of the model."""
+        return [module.router for _, module in routed_modules(self.model)]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an update did.
+
+    Attributes:
+        moved: whether the fast weights changed.
+        reason: why not.
+        broken: whether something was not finite or too crowded, so that only a reset helps.
+        change_norm: Euclidean norm of the change.
+        kl: by layer, mean KL(trained, adapted) after it, in nats; ``None`` where it was not measured.
+        collected: whether gradients were put aside for a larger chunk.
+    """
+
+    moved: bool = False
+    reason: str | None = None
+    broken: bool = False
+    change_norm: float = 0.0
+    kl: dict[str, float] | None = None
+    collected: bool = False
+    diversity: dict[str, float] = field(default_factory=dict)
+
+
+def update(
+    live: Live, state: StreamState, batch: LearnBatch, seen: Mapping[str, RouterInput], held: Tensor, real: Tensor
+) -> Outcome:
+    """Let the fast weights learn from a batch.
+
+    Args:
+        live: the adapter's parts.
+        state: of the stream.
+        batch: what is learned from.
+        seen: what the routers got in the scoring forward.
+        held: bool (B, S - 1): predictions that are held back; the trust region is measured where they are made.
+        real: bool (B, S - 1): real predictions.
+    """
+    parameters = batch.parameters()
+    before = [p.detach().clone() for p in parameters]
+    proposal = live.objective.learn(batch)
+    if proposal.reason is not None:
+        return Outcome(reason=proposal.reason, broken="not finite" in proposal.reason)
+    if proposal.gradients is not None:
+        gradients = _collected(state, proposal.gradients, proposal.weight, int((batch.weights > 0).sum()))
+        tokens = 0 if state.chunk is None else state.chunk[2]
+        if tokens < live.min_tokens:
+            return Outcome(reason=f"collected {tokens} of {live.min_tokens} tokens", collected=True)
+        state.chunk = None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            return Outcome(reason="the gradient is not finite", broken=True)
+        scale = (live.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        live.optimizer.step(parameters, [gradient * scale for gradient in gradients])
+    outcome = Outcome()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(live.safeguards.anchor)
+        present = {name: seen[name] for name in batch.fast if name in seen}
+        crowded = _keep_diverse(live, state, present, _places(real), outcome)
+        if not crowded and live.safeguards.kl_cap is not None:
+            chosen = _places(held) if bool(held.any()) else _places(real)
+            _keep_near(live, present, chosen, live.safeguards.kl_cap, outcome)
+        changes = [p - b for p, b in zip(parameters, before, strict=True)]
+        change = torch.nn.utils.get_total_norm(changes)
+        outcome.change_norm = float(change)
+    if crowded:
+        return Outcome(reason="the experts in use stay far fewer than the trained router's", broken=True)
+    if not torch.isfinite(change):
+        return Outcome(reason="the fast weights are not finite", broken=True)
+    outcome.moved = outcome.change_norm > 0
+    outcome.reason = None if outcome.moved else "the step was zero"
+    return outcome
+
+
+def _collected(state: StreamState, gradients: list[Tensor], weight: float, tokens: int) -> list[Tensor]:
+    """Add gradients to those put aside, and return the mean of all of them."""
+    if state.chunk is None:
+        state.chunk = gradients, weight, tokens
+        return gradients
+    sums, total, count = state.chunk
+    together = total + weight
+    mean = [a * (total / together) + b * (weight / together) for a, b in zip(sums, gradients, strict=True)]
+    state.chunk = mean, together, count + tokens
+    return mean
+
+
+def _places(predictions: Tensor) -> Tensor:
+    """Return bool (B * S,): the positions that make these predictions (B, S - 1)."""
+    return F.pad(predictions, (0, 1)).reshape(-1)
+
+
+def _rows(value: Tensor, chosen: Tensor, most: int | None = None) -> Tensor:
+    """Return the chosen rows of (T, ...); all of them where the layer saw other rows than the model."""
+    if chosen.numel() == value.shape[0]:
+        value = value[chosen.to(value.device)]
+    return value if most is None or value.shape[0] <= most else value[:: -(-value.shape[0] // most)][:most]
+
+
+def _keep_diverse(
+    live: Live, state: StreamState, seen: Mapping[str, RouterInput], real: Tensor, outcome: Outcome
+) -> bool:
+    """Push crowded routers to the loads of the trained ones; return whether that went on in vain for too long.
+
+    The choice is that without a price: under a price fewer experts are in use by design.
+    """
+    floor = live.safeguards.diversity
+    if floor is None or not seen:
+        return False
+    modules, loads, names = live.modules(), [], []
+    for name, given in seen.items():
+        router = modules[name].router if name in modules else None
+        if not isinstance(router, Router):
+            continue
+        x, slow = _rows(given.x, real), _rows(given.slow, real)
+        top_k = min(router.active_top_k or router.top_k, slow.shape[-1])
+        loads.append((top_k_load(slow, top_k), top_k_load(slow + live.fast[name](x, slow), top_k)))
+        names.append(name)
+    device = loads[0][0].device
+    ratios = diversity_ratio([(slow.to(device), fast.to(device)) for slow, fast in loads]).tolist()
+    outcome.diversity = dict(zip(names, ratios, strict=True))
+    if min(ratios) >= floor:
+        state.crowded = 0
+        return False
+    state.crowded += 1
+    if state.crowded >= 2 * CROWDED_BATCHES:
+        return True
+    if state.crowded >= CROWDED_BATCHES:
+        for name, ratio, (slow_load, fast_load) in zip(names, ratios, loads, strict=True):
+            if ratio < floor:
+                live.fast[name].delta.add_(BALANCE_STEP * torch.sign(slow_load - fast_load))
+    return False
+
+
+def _keep_near(live: Live, seen: Mapping[str, RouterInput], chosen: Tensor, cap: float, outcome: Outcome) -> None:
+    """Scale the fast weights of each layer into the trust region."""
+    if not seen:
+        return
+    modules, names, slows, moves = live.modules(), list(seen), [], []
+    for name in names:
+        given = seen[name]
+        x, slow = _rows(given.x, chosen, REGION_TOKENS), _rows(given.slow, chosen, REGION_TOKENS)
+        move = live.fast[name](x, slow)
+        decision = modules[name].last_routing if name in modules else None
+        if decision is not None and decision.logits.shape[-1] > slow.shape[-1]:  # zero-compute experts
+            others = _rows(decision.logits.detach()[:, slow.shape[-1] :], chosen, REGION_TOKENS)
+            slow, move = torch.cat((slow, others), -1), F.pad(move, (0, others.shape[-1]))
+        slows.append(slow)
+        moves.append(move)
+    device, outputs = slows[0].device, max(slow.shape[-1] for slow in slows)
+    tokens = min(slow.shape[0] for slow in slows)
+    padded_slow = [F.pad(s[:tokens].to(device), (0, outputs - s.shape[-1]), value=-torch.inf) for s in slows]
+    padded_move = [F.pad(m[:tokens].to(device), (0, outputs - m.shape[-1])) for m in moves]
+    scale, kl = trust_region_scale(torch.stack(padded_slow), torch.stack(padded_move), cap)
+    for row, name in enumerate(names):
+        for parameter in live.fast[name].parameters():
+            parameter.mul_(scale[row].to(parameter.device))
+    outcome.kl = dict(zip(names, kl.tolist(), strict=True))
