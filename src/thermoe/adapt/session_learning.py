@@ -15,7 +15,7 @@ from thermoe.adapt.learning_tally import LearningTally
 from thermoe.adapt.learning_work import LearningWork
 from thermoe.adapt.test_time import AdaptStep, RouterAdapter
 from thermoe.energy.cost_model import CostModel
-from thermoe.errors import ConfigError
+from thermoe.errors import ConfigError, RoutingError
 from thermoe.results import Provenance
 from thermoe.telemetry.clock import Clock
 
@@ -61,6 +61,11 @@ class SessionLearning:
         clock: of the session.
         saved: the state to go on from, or ``None``.
         stack: closes an adapter that was opened here; gives one of the user's back as it was, open.
+
+    Raises:
+        RoutingError: the adapter is closed, or the model is being adapted by another.
+        ConfigError: an option of the adapter is outside its range.
+        CheckpointError: ``saved`` does not fit the adapter.
     """
 
     def __init__(
@@ -73,6 +78,13 @@ class SessionLearning:
         stack: ExitStack,
     ) -> None:
         if isinstance(learn, RouterAdapter):
+            if not learn.parameters():
+                raise RoutingError(
+                    "the adapter is closed",
+                    where="AdaptiveSession(learn=...)",
+                    accepted="an adapter inside its with block",
+                    fix="open the adapter before the session, or write learn=True",
+                )
             self.adapter = learn
         else:
             options = dict(learn) if isinstance(learn, Mapping) else {}
@@ -85,12 +97,12 @@ class SessionLearning:
         stack.callback(setattr, bucket, "earns_scoring", bucket.earns_scoring)
         ledger.clock, bucket.earns_scoring = clock, False
         ledger.take()  # what was learned before the session is not its own
-        self._counts, self._verdicts = Counter(ledger.counts), Counter(ledger.verdicts)
+        self._counts, self._verdicts = _count(ledger.counts), _count(ledger.verdicts)
 
     def take(self, tally: LearningTally) -> list[LearningWork]:
         """Return the work since the last call, and add it to ``tally``."""
         ledger = self.adapter.ledger
-        works, counts, verdicts = ledger.take(), Counter(ledger.counts), Counter(ledger.verdicts)
+        works, counts, verdicts = ledger.take(), _count(ledger.counts), _count(ledger.verdicts)
         tally.add(works, counts - self._counts, verdicts - self._verdicts)
         self._counts, self._verdicts = counts, verdicts
         return works
@@ -99,7 +111,7 @@ class SessionLearning:
         """Go on from a state of the adapter; what its ledger counted before is not the session's own."""
         self.adapter.load_state_dict(learned)
         ledger = self.adapter.ledger
-        self._counts, self._verdicts = Counter(ledger.counts), Counter(ledger.verdicts)
+        self._counts, self._verdicts = _count(ledger.counts), _count(ledger.verdicts)
 
     def earn(self, served_j: float) -> None:
         """Tell the adapter what was served, a share of which may go into learning."""
@@ -115,15 +127,13 @@ class SessionLearning:
         served: bool,
     ) -> AdaptStep:
         """Score a batch and learn from it; see `AdaptiveSession.read`."""
-        given = {"attention_mask": attention_mask, "weights": weights}
-        options = {name: value for name, value in given.items() if value is not None}
         if served:
-            return self.adapter.score_and_learn(input_ids, **options)
+            return self.adapter.score_and_learn(input_ids, attention_mask, weights)
         ledger = self.adapter.ledger
         began_s, learned_before_s = ledger.clock.now_s(), ledger.duration_s
         with instrument.aside() as log:
             try:
-                return self.adapter.score_and_learn(input_ids, **options)
+                return self.adapter.score_and_learn(input_ids, attention_mask, weights)
             finally:
                 counts = log.take()
                 ended_s = ledger.clock.now_s()
@@ -141,3 +151,7 @@ class SessionLearning:
                             provenance=self._provenance,
                         )
                     )
+
+
+def _count(known: Mapping[Any, int]) -> Counter[str]:
+    return Counter(dict(known))

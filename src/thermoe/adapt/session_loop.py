@@ -79,7 +79,7 @@ class SessionLoop:
         window_s: float,
         solve_every: int,
     ) -> SessionLoop:
-        """Open everything on ``model``; ``stack`` undoes it, learning first.
+        """Open everything on ``model``; ``stack`` undoes it.
 
         Args:
             stack: gets what undoes each part.
@@ -100,6 +100,9 @@ class SessionLoop:
             stack.callback(attach_router(model, verbose=False).detach)
         sensing = Sensing.of(meter, model, stack)
         cost, reason = (cost_model, "given") if cost_model is not None else cost_model_of(model, sensing.meter)
+        learning = None
+        if learn is not None:  # first, so that the work of fast weights is counted; routers hand them on
+            learning = SessionLearning(learn, model, cost, sensing.meter.clock, learned, stack)
         instrument = Instrument(
             model,
             cost,
@@ -111,9 +114,6 @@ class SessionLoop:
         stack.callback(instrument.remove)
         instrument.push(holder.prices)
         holder.begin()
-        learning = None
-        if learn is not None:
-            learning = SessionLearning(learn, model, cost, sensing.meter.clock, learned, stack)
         return cls(
             instrument=instrument,
             sensing=sensing,
