@@ -7,15 +7,16 @@ routing gets what the levy of learning leaves of its target (`learning_levy.py`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from thermoe.adapt.budget import PHASES, Budget, Phase
 from thermoe.adapt.controller import BudgetController
-from thermoe.adapt.learning_levy import LearningLevy
+from thermoe.adapt.learning_levy import LearningLevy, ServedStep
 from thermoe.adapt.price import PriceSolver
 from thermoe.adapt.readings import ControlOutput, ControlReading, CostRange
+from thermoe.adapt.steps import ForwardCount
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.telemetry.clock import Clock
 
@@ -58,9 +59,20 @@ class PriceHolder:
         """Forget what was known of the model; prices stay."""
         self._searched, self._costs, self.outputs = {}, {}, {}
 
-    def note_learning(self, phase: Phase, tokens: int, learning_j: float) -> None:
-        """Note that a phase served ``tokens``, on which ``learning_j`` joules of learning fall."""
-        self.levy.note(phase, tokens, learning_j, self.levied_j[phase])
+    def note_step(self, counts: Sequence[ForwardCount], learning_j: Mapping[Phase, float]) -> None:
+        """Note what was served, and what learning falls on it, by phase, where the budget limits joules per token."""
+        parts = {}
+        for phase in PHASES:
+            own = [count for count in counts if count.phase == phase]
+            tokens = sum(count.tokens for count in own)
+            if tokens and self.budget is not None and self.budget.j_per_token_of(phase) is not None:
+                parts[phase] = ServedStep(
+                    tokens=tokens,
+                    served_j=sum(count.energy_j for count in own),
+                    learning_j=learning_j[phase],
+                    levied_j=self.levied_j[phase],
+                )
+        self.levy.note(parts)
 
     def due(self, phase: Phase, *, ran: bool, solve_every: int) -> bool:
         """Count a step in which a phase ``ran`` or not, and return whether it is time to ask about its price again."""
@@ -94,7 +106,8 @@ class PriceHolder:
         if costs is None:
             return
         self._costs[phase] = costs
-        levy_j = self.levy.of(phase) if searches else self.levied_j[phase]
+        limited = self.budget is not None and self.budget.j_per_token_of(phase) is not None
+        levy_j = (self.levy.of(phase) if searches else self.levied_j[phase]) if limited else 0.0
         whole = CostRange(low_j=costs.low_j + levy_j, high_j=costs.high_j + levy_j)
         # A reading of a price that could not follow its target yet would make the target run away from it.
         if reading is None or (reading.status == "valid" and not searches):

@@ -150,10 +150,7 @@ class SessionLoop:
             self.learning.earn(sum(count.energy_j for count in counts))
         learning_j = self.tally.learning.fall_on(counts)
         self.tally.add(counts, learning_j)
-        for phase in PHASES:
-            tokens = sum(count.tokens for count in counts if count.phase == phase)
-            if tokens:
-                self.holder.note_learning(phase, tokens, learning_j[phase])
+        self.holder.note_step(counts, learning_j)
         if self.sensing.no_sensor is not None:
             self.tally.energy.note_gap(self.sensing.no_sensor)
             now_s = self.sensing.meter.clock.now_s()
