@@ -173,7 +173,7 @@ class AdaptiveSession:
                     if kind is None:
                         loop.account(loop.instrument.take(), last=True)
                     if loop.learning is not None and not isinstance(self._learn, RouterAdapter):
-                        self._learned = loop.learning.adapter.state_dict()
+                        self._learned = loop.learning.state_dict()
             finally:
                 self._loop = self._stack = None
 
@@ -342,14 +342,15 @@ class AdaptiveSession:
 
     def report(self) -> str:
         """Return what happened so far, for people."""
-        return text_report(
-            self.tally,
-            budget=None if self.budget is None else str(self.budget),
-            prices=self.prices,
-            states={phase: self.state_of(phase) for phase in PHASES},
-            cost_model=self._cost_reason,
-            provenance_modelled=self._provenance_modelled,
-        )
+        with self._lock:
+            return text_report(
+                self.tally,
+                budget=None if self.budget is None else str(self.budget),
+                prices=self.prices,
+                states={phase: self.state_of(phase) for phase in PHASES},
+                cost_model=self._cost_reason,
+                provenance_modelled=self._provenance_modelled,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return prices, controller, budget and totals as plain values; `load_state_dict` goes on from there.

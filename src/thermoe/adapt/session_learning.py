@@ -113,6 +113,10 @@ class SessionLearning:
         ledger = self.adapter.ledger
         self._counts, self._verdicts = _count(ledger.counts), _count(ledger.verdicts)
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the state of the adapter; ``None`` where somebody closed it."""
+        return self.adapter.state_dict() if self.adapter.parameters() else None
+
     def earn(self, served_j: float) -> None:
         """Tell the adapter what was served, a share of which may go into learning."""
         self.adapter.bucket.earn(served_j)

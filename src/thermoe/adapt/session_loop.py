@@ -15,6 +15,7 @@ from torch import nn
 
 from thermoe.adapt.budget import PHASES, Phase
 from thermoe.adapt.instrument import Instrument
+from thermoe.adapt.learning_work import LearningWork
 from thermoe.adapt.price_holder import SEARCH_SHARE, WINDOW_SHARE, PriceHolder
 from thermoe.adapt.readings import ControlReading
 from thermoe.adapt.sensing import Sensing
@@ -145,8 +146,9 @@ class SessionLoop:
             counts: the forwards since the last call.
             last: there will be no further call.
         """
+        works: list[LearningWork] = []
         if self.learning is not None:
-            self.windows.add_learning(self.learning.take(self.tally.learning))
+            works = self.learning.take(self.tally.learning)
             self.learning.earn(sum(count.energy_j for count in counts))
         learning_j = self.tally.learning.fall_on(counts)
         self.tally.add(counts, learning_j)
@@ -157,6 +159,7 @@ class SessionLoop:
             self.tally.note_step(counts, learning_j, now_s, self.holder.prices, self.holder.outputs)
             return None, learning_j
         self.windows.add(counts)
+        self.windows.add_learning(works)
         closed = self.windows.close(last=last)
         if closed is not None:
             self.tally.note_window(closed, self.holder.prices, self.holder.outputs)

@@ -282,7 +282,7 @@ def test_a_modelled_budget_holds_for_routing_and_learning_together(every: int, m
 
 def test_a_burst_of_learning_is_paid_back_by_the_tokens_after_it(meter: EnergyMeter) -> None:
     model = one_layer()
-    session = AdaptiveSession(model, meter=meter, cost_model=COST, learn=ALWAYS, feedback="modelled", solve_every=2)
+    session = AdaptiveSession(model, meter=meter, cost_model=COST, learn=ALWAYS, feedback="modelled", solve_every=4)
     with session, torch.no_grad():
         for seed in range(8):
             model(random_tokens(6, 1, seed=seed))
@@ -295,7 +295,7 @@ def test_a_burst_of_learning_is_paid_back_by_the_tokens_after_it(meter: EnergyMe
         rows = []
         burst_j = 6 * 6 * (costs.high_j - costs.low_j)  # six forwards' worth of all that routing can save
         session.adapter.ledger.append(work(burst_j))
-        for seed in range(200):
+        for seed in range(144):
             model(random_tokens(6, 1, seed=seed))
             rows.append(session.step())
         assert rows[0]["learning_j_modelled"] == pytest.approx(burst_j)
@@ -331,7 +331,7 @@ def test_a_measured_budget_is_reached_with_learning_in_it() -> None:
     with rig.session(budget, learn=ALWAYS) as session:
         opened(rig, session)
         began_s = rig.clock.now_s()
-        learned(rig, session, 240, every=4)
+        learned(rig, session, 200, every=4)
         late = [r for r in session.tally.history if r["t_s"] > began_s + 24 and r["j_per_token_measured"] is not None]
         assert session.metrics["state"] == "TRACKING", session.metrics["reason"]
         mean_j = sum(r["j_per_token_measured"] * r["tokens"] for r in late) / sum(r["tokens"] for r in late)
@@ -453,6 +453,19 @@ def test_the_state_of_a_session_holds_what_was_learned(when: str, meter: EnergyM
         assert other.metrics["learning_updates"] == 3 and again.learned
     with session:  # what a session learned comes back with it
         assert torch.equal(logits(model), adapted)
+        assert session.adapter is not None
+        session.adapter.close()  # and what somebody closed inside does not
+    with session:
+        assert not torch.equal(logits(model), adapted)
+
+
+def test_without_a_sensor_no_list_grows_with_what_is_learned(meter: EnergyMeter) -> None:
+    model = one_layer()
+    with AdaptiveSession(model, meter=meter, cost_model=COST, learn=ALWAYS) as session:
+        for seed in range(3):
+            session.read(random_tokens(2, 4, seed=seed))
+        assert session.adapter is not None and session.adapter.ledger.take() == []
+        assert session._loop.windows._learning == [] and len(session._loop.windows._work) == 1  # type: ignore[union-attr]
 
 
 def test_a_state_that_does_not_fit_changes_nothing(meter: EnergyMeter) -> None:
