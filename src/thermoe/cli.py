@@ -257,6 +257,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Write so many continuations of the prompt at once.")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token, sample none.")] = False,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Let the routers learn from the prompt first; the budget is for both.")
+    ] = False,
     telemetry: Annotated[str, typer.Option(help="Telemetry source: auto, off, or a name.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampled text.")] = 0,
@@ -280,6 +283,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         batch=batch,
         greedy=greedy,
+        adapt=adapt,
         telemetry=telemetry,
         device=device,
         seed=seed,

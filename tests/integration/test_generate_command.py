@@ -72,6 +72,61 @@ def test_a_budget_changes_what_is_used(kind: str, request: pytest.FixtureRequest
     assert "no sensor" in held["reason"]
 
 
+LONG = " ".join(f"w{5 + (7 * i) % 60}" for i in range(40))
+
+
+@pytest.mark.parametrize("kind", ["moe", "mixtral"])
+@pytest.mark.parametrize("budget", [{}, {"j_per_token": 1e-6}], ids=["free", "held"])
+def test_the_routers_learn_from_the_prompt_first(
+    kind: str, budget: dict[str, float], request: pytest.FixtureRequest
+) -> None:
+    folder = str(request.getfixturevalue(kind))
+    options: dict[str, Any] = {"prompt": LONG, "max_new_tokens": 16, "batch": 2, "device": "cpu", "telemetry": "off"}
+    screen = io.StringIO()
+    found = run_generate(Console(file=screen, width=160), folder, budget=budget, adapt=True, **options)
+    plain = run_generate(Console(file=io.StringIO(), width=160), folder, budget=budget, **options)
+    told = screen.getvalue().split("what it took")[1]
+    assert "nats/token before learning, 39 tokens" in told and "  update" in told
+    assert "learning" in told and "1 update" in told and "1 read" in told and "(estimated)" in told
+    # The prompt is counted once, where generate reads it.
+    assert found["tokens_total"] == plain["tokens_total"] == 2 * 40 + 2 * 15
+    assert found["learning_updates"] == 1 and 0 < found["learning_frac"] < 1
+    assert plain["learning_updates"] == 0 and plain["learning_frac"] == 0
+    assert found["state"] == plain["state"]
+
+
+def test_learning_from_a_prompt_on_the_command_line(moe: Path) -> None:
+    done = command(
+        "generate",
+        str(moe),
+        "--prompt",
+        LONG,
+        "--device",
+        "cpu",
+        "--telemetry",
+        "off",
+        "--max-new-tokens",
+        "8",
+        "--adapt",
+    )
+    assert done.code == 0, done.err
+    assert "before learning" in done.out
+    told = refused(
+        "generate",
+        str(moe),
+        "--prompt",
+        "fox",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "4",
+        "--adapt",
+        "--telemetry",
+        "off",
+    )
+    assert "where: --adapt" in told and "nothing to learn from" in told
+
+
 def test_on_a_terminal_the_numbers_stand_below_the_text(moe: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=140, height=30)
@@ -98,6 +153,7 @@ def test_the_line_of_numbers_says_where_joules_come_from() -> None:
     told = status_line({**base, "decode/j_per_token_measured": 0.02, "decode/provenance": "measured", "power_w": None})
     assert "20 mJ/token measured | 61 C measured" in told
     assert status_line({}) == "reading the prompt"
+    assert status_line({**base, "decode/j_per_token_modelled": None}) == "TRACKING | reading the prompt"
 
 
 def refused(*args: str, code: int = 2) -> str:

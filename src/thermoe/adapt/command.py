@@ -1,4 +1,4 @@
-"""`thermoe generate`: writes text under a budget, and shows live what it costs."""
+"""`thermoe generate`: writes text under a budget, learning from the prompt if asked, and shows live what it costs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from thermoe.adapt.session import AdaptiveSession
 from thermoe.adapt.tally import millijoules
+from thermoe.adapt.test_time import AdaptStep
 from thermoe.errors import CheckpointError, ConfigError, MachineError
 from thermoe.models.attach import attach_router
 from thermoe.models.command import find_model, load_tokenizer, unreadable
@@ -115,8 +116,11 @@ def status_line(metrics: dict[str, Any]) -> str:
     phase = "decode" if metrics["decode/tokens"] else metrics["phase"]
     get = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(f"{phase}/")}
     measured = get["j_per_token_measured"]
+    modelled = get["j_per_token_modelled"]
+    if measured is None and modelled is None:
+        return f"{get['state']} | reading the prompt"
     joules = (
-        f"{millijoules(get['j_per_token_modelled'])} {metrics['provenance_modelled']}"
+        f"{millijoules(modelled)} {metrics['provenance_modelled']}"
         if measured is None
         else f"{millijoules(measured)} {get['provenance']}"
     )
@@ -140,6 +144,7 @@ def run_generate(
     max_new_tokens: int = 128,
     batch: int = 1,
     greedy: bool = False,
+    adapt: bool = False,
     telemetry: str = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -173,16 +178,28 @@ def run_generate(
             accepted="at least 1 token" + (f", and no more than {longest} in all" if longest else ""),
             fix="give another prompt, or lower --max-new-tokens",
         )
+    if adapt and ids.shape[1] < 2:
+        raise ConfigError(
+            "there is nothing to learn from in a prompt of 1 token",
+            where="--adapt",
+            accepted="a prompt of at least 2 tokens; of a few hundred for learning to be of use",
+            fix="give a longer prompt, or leave --adapt out",
+        )
     on_boards = None if chosen.name == "cpu" else [loaded.device]
     with EnergyMeter(telemetry, devices=on_boards if telemetry in ("auto", "nvml") else None) as meter:
         live = Live(console=console, refresh_per_second=8) if console.is_terminal else None
         view = _View(console, words, live)
-        session = AdaptiveSession(loaded, budget or None, meter=meter, auto_step=STEP_EVERY, on_step=view.show)
+        session = AdaptiveSession(
+            loaded, budget or None, meter=meter, auto_step=STEP_EVERY, on_step=view.show, learn=adapt
+        )
+        read: AdaptStep | None = None
         try:
             with session:
                 if live is not None:
                     live.start()
                 try:
+                    if adapt:  # one row: the others are the same text, and it is not to be judged by itself
+                        read = session.read(ids[:1], served=False)
                     loaded.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
@@ -199,18 +216,33 @@ def run_generate(
         except KeyboardInterrupt:  # typer ends the program with exit code 130
             console.print("\ninterrupted")
             if session.tally.steps:
-                console.print(_summary(session, chosen.reason))
+                console.print(_summary(session, chosen.reason, read))
             raise
-        console.print(_summary(session, chosen.reason))
+        console.print(_summary(session, chosen.reason, read))
     return session.metrics
 
 
-def _summary(session: AdaptiveSession, device: str) -> Table:
+def learning_lines(read: AdaptStep) -> list[tuple[str, str]]:
+    """Return what learning from the prompt came to: its loss before, and what is known of the difference."""
+    tokens = int(read.tokens.sum())
+    rows = [("prompt", f"{float(read.sequence_nll.sum()) / tokens:.4g} nats/token before learning, {tokens} tokens")]
+    if read.judged is not None:
+        found = read.judged
+        error = "" if found.se is None else f"standard error {found.se:.2g}, "
+        told = f"{found.mean:+.4g} nats/token by learning ({error}{found.tokens} tokens)"
+        rows.append(("  held-back part", told))
+    rows.append(("  update", read.verdict + (f": {read.reason}" if read.reason else "")))
+    return rows
+
+
+def _summary(session: AdaptiveSession, device: str, read: AdaptStep | None) -> Table:
     table = Table(title="what it took", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("device", Text(device))
     for line in session.report().splitlines():
         name, _, value = line.partition(": ")
+        table.add_row(Text(name), Text(value))
+    for name, value in [] if read is None else learning_lines(read):
         table.add_row(Text(name), Text(value))
     return table

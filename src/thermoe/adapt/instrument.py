@@ -6,14 +6,17 @@ buffers of those that were priced before back to the value they had (`keeping.py
 
 Forwards and steps may come from different threads. A forward made while another thread searches for a price is counted
 like any other, and its rows are not kept for the search, so that it neither waits nor changes what is searched.
+
+Forwards that serve nobody (`learning_work.serving_nothing`) are no tokens, and their routing is not the one that is
+served: they are passed over.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from thermoe.adapt.budget import PHASES, Phase
 from thermoe.adapt.keeping import keep_routers
+from thermoe.adapt.learning_work import is_serving
 from thermoe.adapt.price import PriceSolver
 from thermoe.adapt.steps import Forward, ForwardCount, ForwardLog, HostMark
 from thermoe.energy.cost_model import CostModel
@@ -73,9 +77,10 @@ class Instrument:
     ) -> None:
         self._model, self._clock, self._after_forward = model, clock, after_forward
         self.solver = PriceSolver(model, cost_model, ModelWork.of(model))
-        self.log = ForwardLog(self.solver.table, len(self.solver.modules))
+        self.log = self._new_log()
         self._last: list[RoutingDecision | None] = [None] * len(self.solver.modules)
         self._priced: list[PricedRouter] = []
+        self._aside: ForwardLog | None = None
         self._noting = threading.Lock()
         self.searching = threading.RLock()
         self._events: EventClock | None = None
@@ -140,8 +145,22 @@ class Instrument:
     def take(self) -> list[ForwardCount]:
         """Return the counts of all forwards since the last call; waits for the device."""
         with self._noting:
-            log, self.log = self.log, ForwardLog(self.solver.table, len(self.solver.modules))
+            log, self.log = self.log, self._new_log()
         return log.take()
+
+    def _new_log(self) -> ForwardLog:
+        return ForwardLog(self.solver.table, len(self.solver.modules))
+
+    @contextmanager
+    def aside(self) -> Iterator[ForwardLog]:
+        """Note the forwards made inside in a log of their own: they are no served work."""
+        with self._noting:
+            log = self._aside = self._new_log()
+        try:
+            yield log
+        finally:
+            with self._noting:
+                self._aside = None
 
     def renew_clock(self) -> None:
         """Set the clock that tells when a forward has finished, if it is time; waits for the device then.
@@ -161,11 +180,11 @@ class Instrument:
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():  # the session has a method for these
             return
-        self.note(_shape(args, kwargs), copy=False)
-        self._after_forward()
+        if self.note(_shape(args, kwargs), copy=False):
+            self._after_forward()
 
-    def note(self, shape: tuple[int, int] | None, *, copy: bool) -> None:
-        """Note the forward just made.
+    def note(self, shape: tuple[int, int] | None, *, copy: bool) -> bool:
+        """Note the forward just made, and return whether it served tokens.
 
         Args:
             shape: (sequences, positions) of the call, where known.
@@ -176,21 +195,24 @@ class Instrument:
             # A module that did not run still holds the decision of an earlier forward.
             ran = [d if copy or d is not old else None for d, old in zip(present, self._last, strict=True)]
             self._last = present
-            forward = Forward.of(ran, shape)
+            forward = Forward.of(ran, shape) if is_serving() else None
             if forward is None:
-                return
+                return False
             if copy:
                 forward = forward.tail(forward.rows)
+            served = self._aside is None
+            log = self.log if self._aside is None else self._aside
             if self._events is None:
-                self.log.add(forward, HostMark(self._clock.now_s()))
+                log.add(forward, HostMark(self._clock.now_s()))
             else:
                 with torch.cuda.device(self._device):
-                    self.log.add(forward, self._events.mark())
-        if self.searching.acquire(blocking=False):
+                    log.add(forward, self._events.mark())
+        if served and self.searching.acquire(blocking=False):
             try:
                 self.solver.keep(forward)
             finally:
                 self.searching.release()
+        return served
 
 
 def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 Who learns keeps a `LearningLedger` and puts each piece of its work there: the backward and the step of an update, the
 forward of a judge, of a shadow, of an audit. Forwards made for these alone run inside `serving_nothing`, so that
 whoever watches the model counts no tokens for them. The forward that scores text before anything is learned from it is
-served work like any other and no part of the ledger.
+served work like any other and no part of the ledger, unless the text is read for learning alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from thermoe.errors import CheckpointError, ConfigError, UnknownNameError
 from thermoe.results import Provenance, weakest_provenance
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
 
-LearningKind = Literal["update", "judge", "shadow", "audit"]
+LearningKind = Literal["update", "judge", "shadow", "audit", "read"]
 KINDS: tuple[LearningKind, ...] = get_args(LearningKind)
 #: Pieces that wait to be taken; beyond, those of a kind are added together, so that a stream without end stays small.
 MOST_PENDING = 1024
@@ -48,7 +48,8 @@ class LearningWork:
     """One piece of work that learning did.
 
     Args:
-        kind: "update" (backward and step), or a forward of its own: "judge", "shadow" or "audit".
+        kind: "update" (backward and step), or a forward of its own: "judge", "shadow", "audit", or "read", of text
+            that is read to learn from it and served another time.
         tokens: tokens it went over; none of them is served by it.
         energy_j: modelled joules.
         duration_s: how long it took, from its start until the device had done it.

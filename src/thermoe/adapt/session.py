@@ -11,6 +11,9 @@ counts what ran, closes a window of the sensor when one is due, asks the control
 (`controller.py`), turns that into a price (`price.py`) and pushes it into the routers. A forward gains a hook that
 keeps references (`instrument.py`); it reads no device and no sensor.
 
+With ``learn=True`` the routers learn from what is read (`test_time.py`), and the joules of that are inside the joules
+per token, always: the budget is for the sum.
+
 A model runs one forward at a time, as any module with a state does. Steps, changes of the budget and reports may come
 from another thread than the forwards: they wait for one another, and a forward waits for none of them.
 """
@@ -21,29 +24,26 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from thermoe.adapt import session_arguments as arguments
 from thermoe.adapt.budget import PHASES, Budget, Phase
 from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.instrument import Instrument
 from thermoe.adapt.price import feasible_range
-from thermoe.adapt.price_holder import SEARCH_SHARE, WINDOW_SHARE, PriceHolder
-from thermoe.adapt.readings import ControlReading
-from thermoe.adapt.sensing import Sensing
-from thermoe.adapt.session_arguments import Feedback, check_session_arguments, check_shape, not_open
+from thermoe.adapt.price_holder import PriceHolder
+from thermoe.adapt.session_arguments import Feedback, check_session_arguments, check_shape
+from thermoe.adapt.session_learning import Learn
+from thermoe.adapt.session_loop import SessionLoop, state_of
 from thermoe.adapt.session_state import STATE_VERSION, take_up
-from thermoe.adapt.steps import EnergyWindows, ForwardCount, PhaseWindow, modelled_reading
-from thermoe.adapt.tally import Tally, step_metrics, text_report
+from thermoe.adapt.tally import Tally, text_report
+from thermoe.adapt.test_time import AdaptStep, RouterAdapter
 from thermoe.energy.cost_model import CostModel
-from thermoe.energy.profile import cost_model_of
-from thermoe.errors import ConfigError, TelemetryError
-from thermoe.models.attach import attach_router
-from thermoe.moe.layer import routed_modules
+from thermoe.errors import ConfigError
 from thermoe.telemetry.meter import EnergyMeter
 
-_NO_FORWARD = "no forward of this phase was held to anything yet"
 _Given = Budget | float | str | Mapping[str, Any] | None
 #: A price acts in the next forward; the window after the one that it came in is all of its making.
 DELAY_WINDOWS = 1
@@ -66,6 +66,9 @@ class AdaptiveSession:
             a search is slow it waits, so that searches take no more than 5 % of the time, or 25 % after windows.
         router: options of the priced routers that are put in, such as ``{"k_min": 2}``; their benefit is "distortion".
         control: options of `BudgetController`, such as ``{"law": "dual", "price_max": 5.0}``.
+        learn: True for a `RouterAdapter` of the session's own, or its options; an adapter that is open on the model
+            already is taken in and left open. What was learned goes when the session is left, and comes back with its
+            state.
 
     Attributes:
         metrics: of the last step.
@@ -90,6 +93,7 @@ class AdaptiveSession:
         solve_every: int = 8,
         router: Mapping[str, Any] | None = None,
         control: Mapping[str, Any] | None = None,
+        learn: Learn = None,
     ) -> None:
         check_session_arguments(
             model,
@@ -102,6 +106,7 @@ class AdaptiveSession:
             solve_every=solve_every,
             router=router,
             control=control,
+            learn=learn,
         )
         self.model = model
         self._cost_model = cost_model
@@ -110,13 +115,16 @@ class AdaptiveSession:
         settings = {"period_s": window_s, "delay_windows": DELAY_WINDOWS, **(control or {})}
         self._holder = PriceHolder(BudgetController(parsed, **settings))
         self._meter_given, self._meter = meter, meter
-        self._sensing: Sensing | None = None
         self._provenance_modelled, self._cost_reason = "estimated", "not chosen yet"
         self._feedback: Feedback = feedback
         self._window_s, self._auto_step, self._on_step, self._solve_every = window_s, auto_step, on_step, solve_every
+        self._loop: SessionLoop | None = None
         self._router_options = dict(router or {})
         self.metrics: dict[str, Any] = {}
         self.tally = Tally()
+        self._learn: Learn = learn if learn is not False else None
+        #: What an adapter of the session's own knows while the session is not open.
+        self._learned: Mapping[str, Any] | None = None
         self._stack: ExitStack | None = None
         self._lock = threading.RLock()
         self._stepping = False
@@ -136,32 +144,24 @@ class AdaptiveSession:
     def __enter__(self) -> AdaptiveSession:
         with self._lock, ExitStack() as stack:
             if self._stack is not None:
-                raise TelemetryError(
-                    "the session is open already",
-                    where="AdaptiveSession",
-                    accepted="one with block at a time",
-                    fix="make another session, or leave this one first",
-                )
-            if next(routed_modules(self.model), None) is None:
-                stack.callback(attach_router(self.model, verbose=False).detach)
-            self._sensing = Sensing.of(self._meter_given, self.model, stack)
-            self._meter = self._sensing.meter
-            cost, self._cost_reason = self._cost_model, "given"
-            if cost is None:
-                cost, self._cost_reason = cost_model_of(self.model, self._meter)
-            self._provenance_modelled = cost.provenance
-            self._instrument = Instrument(
+                raise arguments.open_already()
+            loop = SessionLoop.opened(
+                stack,
                 self.model,
-                cost,
-                self._meter.clock,
+                meter=self._meter_given,
+                cost_model=self._cost_model,
                 router=self._router_options,
-                needs_price=self.budget is not None,
                 after_forward=self._after_forward,
+                holder=self._holder,
+                tally=self.tally,
+                learn=self._learn,
+                learned=self._learned,
+                feedback=self._feedback,
+                window_s=self._window_s,
+                solve_every=self._solve_every,
             )
-            stack.callback(self._instrument.remove)
-            self._instrument.push(self.prices)
-            self._windows = EnergyWindows(self._meter, self._window_s)
-            self._holder.begin()
+            self._loop, self._instrument, self._meter = loop, loop.instrument, loop.sensing.meter
+            self._provenance_modelled, self._cost_reason = loop.provenance_modelled, loop.cost_reason
             self._stack = stack.pop_all()
         return self
 
@@ -169,25 +169,29 @@ class AdaptiveSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            instrument, stack = self._opened("__exit__"), self._stack
-            self._stack = None
+            loop, stack = self._opened("__exit__"), self._stack
             assert stack is not None
-            with stack:
-                if kind is None:
-                    self._account(instrument.take(), last=True)
+            try:
+                with stack:
+                    if kind is None:
+                        loop.account(loop.instrument.take(), last=True)
+                    if loop.learning is not None and not isinstance(self._learn, RouterAdapter):
+                        self._learned = loop.learning.state_dict()
+            finally:
+                self._loop = self._stack = None
 
     def _after_forward(self) -> None:
         # What runs inside on_step, or while another thread is at a step, is noted and waits for the next one.
         if self._auto_step is None or not self._lock.acquire(blocking=False):
             return
         try:
-            if self._stepping or self._stack is None or self._instrument is None:
+            if self._stepping or self._loop is None:
                 return
-            log = self._instrument.log
+            log = self._loop.instrument.log
             # The first forward of a phase counts at once: a short generation would be over before it is held to
             # anything.
             unknown = self.budget is not None and bool(log.phases - set(self._holder.outputs))
-            if len(log) >= self._auto_step or (unknown and self._held_against != "nothing"):
+            if len(log) >= self._auto_step or (unknown and self._loop.held_against != "nothing"):
                 self.step()
         finally:
             self._lock.release()
@@ -201,7 +205,7 @@ class AdaptiveSession:
             ConfigError: a size is no integer of at least 1.
             TelemetryError: the session is not open.
         """
-        self._opened("observe").note(check_shape(batch_size, sequence_length), copy=True)
+        self._opened("observe").instrument.note(check_shape(batch_size, sequence_length), copy=True)
 
     # -- stepping -----------------------------------------------------------------------------------------------------
 
@@ -212,100 +216,77 @@ class AdaptiveSession:
             TelemetryError: the session is not open, or this is the ``on_step`` of another step.
         """
         with self._lock:
-            instrument = self._opened("step")
-            if self._stepping:
-                raise TelemetryError(
-                    "a step was asked for inside on_step, which is part of a step",
-                    where="AdaptiveSession.step",
-                    accepted="one step at a time",
-                    fix="leave the step to whoever runs the model; on_step is given its metrics",
-                )
-            self._stepping = True
+            loop = self._opened("step")
+            self._enter_step("step")
             try:
-                self.metrics = self._stepped(instrument)
+                self.metrics = loop.step()
                 if self._on_step is not None:
                     self._on_step(self.metrics)
             finally:
                 self._stepping = False
             return self.metrics
 
-    def _stepped(self, instrument: Instrument) -> dict[str, Any]:
-        assert self._meter is not None
-        counts = instrument.take()
-        closed = self._account(counts)
-        readings = {part.phase: part.reading() for part in closed} if self._held_against == "measured" else {}
-        if self._held_against == "modelled":
-            now_s, why = self._meter.clock.now_s(), self._no_sensor or "feedback is modelled"
-            for phase in {count.phase for count in counts}:
-                readings[phase] = modelled_reading(phase, counts, t_s=now_s, window_s=self._window_s, reason=why)
-        for phase in PHASES:
-            ran = any(count.phase == phase for count in counts)
-            window = phase in readings and self._held_against == "measured"
-            if self._holder.due(phase, ran=ran, solve_every=self._solve_every) or window:
-                self._ask(instrument, phase, readings.get(phase), WINDOW_SHARE if window else SEARCH_SHARE)
-        instrument.push(self.prices)
-        instrument.renew_clock()
-        self.tally.steps += 1
-        states = {phase: self.state_of(phase) for phase in PHASES}
-        for phase in {count.phase for count in counts}:
-            spent = self.tally.phases[phase].states
-            spent[states[phase][0]] = spent.get(states[phase][0], 0) + 1
-        outputs = self._holder.outputs
-        return step_metrics(
-            counts,
-            self.tally,
-            prices=self.prices,
-            states=states,
-            targets_j={p: None if (o := outputs.get(p)) is None else o.cost_target_j for p in PHASES},
-            sensors=self._meter.snapshot(),
-            provenance_modelled=self._provenance_modelled,
-            provenance_sensors=None if self._sensing is None else self._sensing.provenance,
-            t_s=self._meter.clock.now_s(),
-        )
+    def _enter_step(self, name: str) -> None:
+        if self._stepping:
+            raise arguments.inside_on_step(name)
+        self._stepping = True
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        served: bool = True,
+    ) -> AdaptStep:
+        """Score int64 (B, S) token ids, learn from them as far as the bucket allows, and take a step.
+
+        A stream is read batch by batch, and its scores are the service. A prompt that `generate` is to go on from is
+        read before it with ``served=False``: generate reads it once more, with the routers that have learned from it,
+        and only there its tokens are counted; all joules of reading it here are those of learning.
+
+        Args:
+            input_ids: the batch.
+            attention_mask: (B, S), 0 or false at padding.
+            weights: float (B, S) of at least 0, what a predicted token counts in learning; see `RouterAdapter`.
+            served: count the scoring as served tokens.
+
+        Returns:
+            The scores, of before anything was learned from these tokens, and what learning did.
+
+        Raises:
+            TelemetryError: the session is not open, or this is ``on_step``.
+            ConfigError: it does not learn, or the token ids are none.
+        """
+        with self._lock:
+            loop = self._opened("read")
+            if loop.learning is None:
+                raise arguments.not_learning()
+            self._enter_step("read")
+            try:  # a step between a forward and what is learned from it would be half of one
+                found = loop.learning.read(
+                    loop.instrument, input_ids, attention_mask=attention_mask, weights=weights, served=served
+                )
+            finally:
+                self._stepping = False
+            self.step()
+            return found
+
+    @property
+    def adapter(self) -> RouterAdapter | None:
+        """What learns; ``None`` where nothing does, and outside of the session if the adapter is its own."""
+        if isinstance(self._learn, RouterAdapter):
+            return self._learn
+        return None if self._loop is None or self._loop.learning is None else self._loop.learning.adapter
 
     @property
     def pending(self) -> int:
         """Forwards that the next step will count."""
-        return len(self._opened("pending").log)
-
-    @property
-    def _held_against(self) -> Literal["measured", "modelled", "nothing"]:
-        if self.budget is None or (self._feedback == "measured" and self._no_sensor is not None):
-            return "nothing"
-        return "measured" if self._feedback != "modelled" and self._no_sensor is None else "modelled"
-
-    def _account(self, counts: list[ForwardCount], *, last: bool = False) -> list[PhaseWindow]:
-        """Add up work and close a window if one is due."""
-        self.tally.add(counts)
-        if self._no_sensor is not None:
-            assert self._meter is not None
-            self.tally.energy.note_gap(self._no_sensor)
-            self.tally.note_step(counts, self._meter.clock.now_s(), self.prices, self._holder.outputs)
-            return []
-        self._windows.add(counts)
-        closed = self._windows.close(last=last)
-        self.tally.note_windows(closed, self.prices, self._holder.outputs)
-        return closed
-
-    def _ask(self, instrument: Instrument, phase: Phase, reading: ControlReading | None, share: float) -> None:
-        if self._held_against == "nothing" or self._meter is None:
-            return
-        with instrument.searching:
-            self._holder.ask(instrument.solver, self._meter.clock, phase, reading, share)
+        return len(self._opened("pending").instrument.log)
 
     def state_of(self, phase: Phase) -> tuple[str, str]:
         """Return the state of a phase and the reason, in a sentence."""
-        if self.budget is None:
-            fixed = f"; the price is fixed at {self.prices[phase]:.4g} nats/J" if self.prices[phase] else ""
-            return "OFF", f"no budget{fixed}"
-        if self._stack is not None and self._held_against == "nothing":
-            return "OFF", f"no energy sensor, and feedback is measured: {self._no_sensor}"
-        output = self._holder.outputs.get(phase)
-        return ("OFF", _NO_FORWARD) if output is None else (output.state, output.reason)
-
-    @property
-    def _no_sensor(self) -> str | None:
-        return None if self._sensing is None else self._sensing.no_sensor
+        return state_of(self._holder, phase) if self._loop is None else self._loop.state_of(phase)
 
     # -- settings -----------------------------------------------------------------------------------------------------
 
@@ -319,9 +300,9 @@ class AdaptiveSession:
             self._holder.set_budget(self._parsed(budget))
             if self._meter is not None:
                 self.tally.budgets.append((self._meter.clock.now_s(), str(self.budget or "no budget")))
-            if self._stack is not None and self._instrument is not None:
+            if self._loop is not None:
                 for phase in PHASES:
-                    self._ask(self._instrument, phase, None, share=1.0)
+                    self._loop.ask(phase, None, 1.0)
             self._push()
 
     def set_price(self, price: float, phase: Phase | None = None) -> None:
@@ -344,8 +325,8 @@ class AdaptiveSession:
             return Budget.parse(budget, feasible=self.feasible())
 
     def _push(self) -> None:
-        if self._stack is not None and self._instrument is not None:
-            self._instrument.push(self.prices)
+        if self._loop is not None:
+            self._loop.instrument.push(self.prices)
 
     def feasible(self) -> str | None:
         """Return in words what this model can be held to, in J/token by the cost model; ``None`` where it cannot."""
@@ -355,28 +336,34 @@ class AdaptiveSession:
         with self._instrument.searching:
             return feasible_range(self.model, cost, self._instrument.solver)
 
-    def _opened(self, name: str) -> Instrument:
-        if self._stack is None or self._instrument is None:
-            raise not_open(name)
-        return self._instrument
+    def _opened(self, name: str) -> SessionLoop:
+        if self._loop is None:
+            raise arguments.not_open(name)
+        return self._loop
 
     # -- what is left ------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
         """Return what happened so far, for people."""
-        return text_report(
-            self.tally,
-            budget=None if self.budget is None else str(self.budget),
-            prices=self.prices,
-            states={phase: self.state_of(phase) for phase in PHASES},
-            cost_model=self._cost_reason,
-            provenance_modelled=self._provenance_modelled,
-        )
+        with self._lock:
+            return text_report(
+                self.tally,
+                budget=None if self.budget is None else str(self.budget),
+                prices=self.prices,
+                states={phase: self.state_of(phase) for phase in PHASES},
+                cost_model=self._cost_reason,
+                provenance_modelled=self._provenance_modelled,
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return prices, controller, budget and totals as plain values; `load_state_dict` goes on from there."""
+        """Return prices, controller, budget and totals as plain values; `load_state_dict` goes on from there.
+
+        With what was learned, where something learns: tensors, under "adapter".
+        """
         with self._lock:
-            return {"version": STATE_VERSION, **self._holder.state_dict(), "tally": self.tally.state_dict()}
+            state = {"version": STATE_VERSION, **self._holder.state_dict(), "tally": self.tally.state_dict()}
+            learned = self._learned if self.adapter is None else self.adapter.state_dict()
+            return state if learned is None else {**state, "adapter": learned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state, the budget included.
@@ -386,9 +373,23 @@ class AdaptiveSession:
         """
 
         def take(state: Mapping[str, Any]) -> None:
-            tally = Tally.from_state(state["tally"])
+            tally, learned, before = Tally.from_state(state["tally"]), state.get("adapter"), self._holder.state_dict()
+            if learned is not None and self._learn is None:
+                raise ValueError("it holds what was learned, and this session does not learn (learn=True)")
             self._holder.load_state_dict(state)
+            try:
+                if learned is not None and self._loop is not None and self._loop.learning is not None:
+                    self._loop.learning.load(learned)
+                elif learned is not None and self.adapter is not None:
+                    self.adapter.load_state_dict(learned)
+                else:
+                    self._learned = learned
+            except BaseException:
+                self._holder.load_state_dict(before)
+                raise
             self.tally = tally
+            if self._loop is not None:
+                self._loop.tally = tally
 
         with self._lock:
             take_up(state, take)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from thermoe.adapt.session_learning import check_learn
 from thermoe.energy.cost_model import CostModel
 from thermoe.errors import ConfigError, TelemetryError, UnknownNameError
 from thermoe.telemetry.meter import EnergyMeter
@@ -39,6 +40,7 @@ def check_session_arguments(
     solve_every: Any,
     router: Any,
     control: Any,
+    learn: Any,
 ) -> None:
     """Look at the arguments of a session, the budget apart.
 
@@ -65,6 +67,7 @@ def check_session_arguments(
     for name, options in (("router", router), ("control", control)):
         if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
             raise _refused(name, options, "a mapping of options by name, or None")
+    check_learn(learn, model)
 
 
 def check_shape(batch_size: Any, sequence_length: Any) -> tuple[int, int]:
@@ -90,4 +93,34 @@ def not_open(name: str) -> TelemetryError:
         where=f"AdaptiveSession.{name}",
         accepted="a session inside its with block",
         fix="write: with AdaptiveSession(model, budget=...) as session: ...",
+    )
+
+
+def open_already() -> TelemetryError:
+    """Return the error for entering twice."""
+    return TelemetryError(
+        "the session is open already",
+        where="AdaptiveSession",
+        accepted="one with block at a time",
+        fix="make another session, or leave this one first",
+    )
+
+
+def inside_on_step(name: str) -> TelemetryError:
+    """Return the error for what ``on_step`` may not do."""
+    return TelemetryError(
+        f"{name} was called inside on_step, which is part of a step",
+        where=f"AdaptiveSession.{name}",
+        accepted="one step at a time",
+        fix="leave the step to whoever runs the model; on_step is given its metrics",
+    )
+
+
+def not_learning() -> ConfigError:
+    """Return the error for reading where nothing learns."""
+    return ConfigError(
+        "the session does not learn",
+        where="AdaptiveSession.read",
+        accepted="a session with learn=True, options of RouterAdapter, or an adapter",
+        fix="write AdaptiveSession(model, budget, learn=True)",
     )

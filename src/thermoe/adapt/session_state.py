@@ -7,8 +7,9 @@ from typing import Any
 
 from thermoe.errors import CheckpointError
 
-STATE_VERSION = 1
-_PARTS = {"prices", "controller", "tally"}
+#: 2: with what learning has spent, and what it learned.
+STATE_VERSION = 2
+_PARTS = {"prices", "levied_j", "levy", "controller", "tally"}
 
 
 def take_up(state: Any, take: Callable[[Mapping[str, Any]], None]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thermoe.adapt.budget import PHASES, Phase
 from thermoe.adapt.lags import Lag, LagWindow, ReactionLags, reaction_lags
+from thermoe.adapt.learning_tally import LearningTally
 from thermoe.adapt.readings import ControlOutput
-from thermoe.adapt.steps import ForwardCount, PhaseWindow
+from thermoe.adapt.steps import ForwardCount
+from thermoe.adapt.windows import ClosedWindow, PhaseWindow
 from thermoe.telemetry.totals import EnergyTotals
 
 #: Rows of the history that are kept: more than an hour of windows.
@@ -26,6 +28,7 @@ class PhaseTally:
         forwards: how many.
         tokens: real tokens.
         energy_modelled_j: joules that the cost model gives their routing.
+        learning_j: modelled joules of learning that fall on these tokens.
         experts: token-expert pairs per layer, so that divided by tokens it is k.
         distinct: distinct experts per layer and forward, summed over forwards.
         states: steps spent in each state.
@@ -34,6 +37,7 @@ class PhaseTally:
     forwards: int = 0
     tokens: int = 0
     energy_modelled_j: float = 0.0
+    learning_j: float = 0.0
     experts: float = 0.0
     distinct: float = 0.0
     states: dict[str, int] = field(default_factory=dict)
@@ -50,13 +54,15 @@ class PhaseTally:
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """Return tokens and what each cost and used; ``None`` where nothing ran."""
+        """Return tokens and what each cost, learning included, and used; ``None`` where nothing ran."""
+        whole_j = self.energy_modelled_j + self.learning_j
         return {
             "tokens": self.tokens,
             "forwards": self.forwards,
             "experts_per_token": self.experts / self.tokens if self.tokens else None,
             "distinct_experts": self.distinct / self.forwards if self.forwards else None,
-            "j_per_token_modelled": self.energy_modelled_j / self.tokens if self.tokens else None,
+            "j_per_token_modelled": whole_j / self.tokens if self.tokens else None,
+            "j_per_token_routing": self.energy_modelled_j / self.tokens if self.tokens else None,
         }
 
 
@@ -68,6 +74,7 @@ class Tally:
         steps: steps taken.
         phases: the sums of each phase.
         energy: measured joules, with the tokens of the same time.
+        learning: what was learned and what that took; its joules are in those above.
         windows: the last window of each phase that had a reading. It, `history` and `budgets` are of this process
             alone and no part of a saved state.
         history: a row for each window and phase, or for each step where there is no sensor; the latest 4096.
@@ -77,6 +84,7 @@ class Tally:
     steps: int = 0
     phases: dict[Phase, PhaseTally] = field(default_factory=lambda: {phase: PhaseTally() for phase in PHASES})
     energy: EnergyTotals = field(default_factory=EnergyTotals)
+    learning: LearningTally = field(default_factory=LearningTally)
     windows: dict[Phase, PhaseWindow] = field(default_factory=dict)
     history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     budgets: list[tuple[float, str]] = field(default_factory=list)
@@ -86,19 +94,25 @@ class Tally:
         """Tokens of both phases."""
         return sum(part.tokens for part in self.phases.values())
 
-    def add(self, counts: Iterable[ForwardCount]) -> None:
-        """Add forwards."""
+    @property
+    def served_j(self) -> float:
+        """Modelled joules of the forwards of both phases, without learning."""
+        return sum(part.energy_modelled_j for part in self.phases.values())
+
+    def add(self, counts: Iterable[ForwardCount], learning_j: Mapping[Phase, float]) -> None:
+        """Add forwards, and the joules of learning that fall on the tokens of each phase."""
         listed = list(counts)
         for phase, part in self.phases.items():
             part.add(count for count in listed if count.phase == phase)
+            part.learning_j += learning_j.get(phase, 0.0)
 
-    def note_windows(
-        self, closed: Sequence[PhaseWindow], prices: Mapping[Phase, float], outputs: Mapping[Phase, ControlOutput]
+    def note_window(
+        self, closed: ClosedWindow, prices: Mapping[Phase, float], outputs: Mapping[Phase, ControlOutput]
     ) -> None:
         """Add the joules of a window, and a row of history for each phase in it."""
-        if closed:
-            self.energy.add(closed[0].window, sum(part.tokens for part in closed))
-        for part in closed:
+        self.energy.add(closed.window, sum(part.tokens for part in closed.parts))
+        self.learning.note_window(closed)
+        for part in closed.parts:
             if part.measured_j is not None:
                 self.windows[part.phase] = part
             self.history.append({**part.as_row(), **_controls(part.phase, prices, outputs)})
@@ -106,6 +120,7 @@ class Tally:
     def note_step(
         self,
         counts: Iterable[ForwardCount],
+        learning_j: Mapping[Phase, float],
         t_s: float,
         prices: Mapping[Phase, float],
         outputs: Mapping[Phase, ControlOutput],
@@ -115,12 +130,13 @@ class Tally:
         for phase in PHASES:
             part = PhaseTally()
             part.add(count for count in listed if count.phase == phase)
+            part.learning_j = learning_j.get(phase, 0.0)
             if part.tokens:
                 known = {"t_s": t_s, "phase": phase, "tokens": part.tokens}
-                modelled = {"j_per_token_modelled": part.numbers["j_per_token_modelled"]}
+                modelled = {name: part.numbers[name] for name in ("j_per_token_modelled", "j_per_token_routing")}
                 self.history.append({**_NO_WINDOW, **known, **modelled, **_controls(phase, prices, outputs)})
 
-    def reaction(self, phase: Phase, watched: str = "j_per_token_modelled") -> ReactionLags:
+    def reaction(self, phase: Phase, watched: str = "j_per_token_routing") -> ReactionLags:
         """Return how a phase answered the last change of the budget; windows before the change before it do not count.
 
         Args:
@@ -140,6 +156,7 @@ class Tally:
             "steps": self.steps,
             "phases": {phase: asdict(part) for phase, part in self.phases.items()},
             "energy": asdict(self.energy),
+            "learning": asdict(self.learning),
         }
 
     @classmethod
@@ -149,6 +166,7 @@ class Tally:
             steps=int(state["steps"]),
             phases={phase: PhaseTally(**state["phases"][phase]) for phase in PHASES},
             energy=EnergyTotals.from_state(state["energy"]),
+            learning=LearningTally.from_state(state["learning"]),
         )
 
 
@@ -171,6 +189,7 @@ def step_metrics(
     counts: Iterable[ForwardCount],
     tally: Tally,
     *,
+    learning_j: Mapping[Phase, float],
     prices: Mapping[Phase, float],
     states: Mapping[Phase, tuple[str, str]],
     targets_j: Mapping[Phase, float | None],
@@ -182,13 +201,16 @@ def step_metrics(
     """Return one flat dictionary of plain numbers and words; unknown is ``None``.
 
     Names with ``prefill/`` or ``decode/`` in front are of that phase. Those without are of the step: its sums, and
-    price, state, reason and measured joules of the phase that most of its modelled joules went into.
+    price, state, reason and measured joules of the phase that most of its modelled joules went into. Joules per token
+    include learning, but for ``j_per_token_routing``. ``learning_j_modelled`` is of the step; the other numbers of
+    learning are of the session so far.
     """
     found: dict[str, Any] = {}
     whole, listed, weight = PhaseTally(), list(counts), dict.fromkeys(PHASES, 0.0)
     whole.add(listed)
+    whole.learning_j = sum(learning_j.values())
     for phase in PHASES:
-        part = PhaseTally()
+        part = PhaseTally(learning_j=learning_j.get(phase, 0.0))
         part.add(count for count in listed if count.phase == phase)
         weight[phase] = part.energy_modelled_j
         window = tally.windows.get(phase)
@@ -212,6 +234,7 @@ def step_metrics(
         "phase": main,
         **whole.numbers,
         **{name: found[f"{main}/{name}"] for name in names},
+        **tally.learning.metrics(whole.learning_j, tally.served_j),
         "provenance_modelled": provenance_modelled,
         "tokens_total": tally.tokens,
         "energy_measured_j": tally.energy.energy_j if tally.energy.provenance is not None else None,
@@ -256,7 +279,8 @@ def text_report(
             f"  price: {prices[phase]:.4g} nats/J",
             f"  experts: {numbers['distinct_experts']:.4g} distinct per layer and forward, "
             f"{numbers['experts_per_token']:.4g} per token",
-            f"  modelled: {millijoules(numbers['j_per_token_modelled'])} ({provenance_modelled})",
+            f"  modelled: {millijoules(numbers['j_per_token_modelled'])} ({provenance_modelled})"
+            + (f", {millijoules(part.learning_j / part.tokens)} of it learning" if part.learning_j else ""),
         ]
         window = tally.windows.get(phase)
         if window is not None and window.j_per_token is not None:
@@ -267,6 +291,7 @@ def text_report(
             lines.append(f"  steps by state: {shares}")
         if tally.budgets:
             lines.append(f"  answer to {tally.budgets[-1][1]}: {_answer(tally.reaction(phase))}")
+    lines += tally.learning.lines(tally.served_j, provenance_modelled)
     energy = tally.energy
     if energy.provenance is not None and energy.tokens > 0:
         per_token = millijoules(energy.energy_j / energy.tokens)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt.session import AdaptiveSession
+from thermoe.adapt.test_time import RouterAdapter
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.work import ModelWork
 from thermoe.models.convert import convert_to_moe
@@ -86,12 +87,27 @@ class Rig:
 
     def _spend(self, module: nn.Module, args: Any, output: Any) -> None:
         tokens = output.logits.shape[0] * output.logits.shape[1]
-        self.spent_j.append(joules_of(self.model, self.cost, tokens))
-        self.load.set(self.clock.now_s(), self.gain * self.spent_j[-1] / FORWARD_S)
+        self._draw(joules_of(self.model, self.cost, tokens))
+
+    def _draw(self, energy_j: float) -> None:
+        self.spent_j.append(energy_j)
+        self.load.set(self.clock.now_s(), self.gain * energy_j / FORWARD_S)
         for _ in range(4):
             self.clock.sleep_s(FORWARD_S / 4)
             if self.meter.sampler is not None:
                 self.meter.sampler.poll()
+
+    def charge_updates(self, adapter: RouterAdapter) -> None:
+        """Let each update of ``adapter`` take a forward's time and draw the joules that its account gives it."""
+        account = adapter._learner.live.account
+        spend = account.spend
+
+        def charged(kind: Any, tokens: int, energy_j: float, since_s: float) -> None:
+            if kind == "update":
+                self._draw(energy_j)
+            spend(kind, tokens, energy_j, since_s)
+
+        account.spend = charged  # type: ignore[method-assign]
 
     def session(self, budget: Any = None, **options: Any) -> AdaptiveSession:
         """Return a session on this board."""

@@ -46,7 +46,7 @@ def test_taking_forgets_the_pieces_and_keeps_the_totals() -> None:
     ledger.note_verdict("accepted")
     assert ledger.take() == pieces and ledger.take() == []
     assert (ledger.energy_j, ledger.duration_s, ledger.tokens) == (5.0, 1.5, 19)
-    assert ledger.counts == {"update": 2, "judge": 1, "shadow": 0, "audit": 0}
+    assert ledger.counts == {"update": 2, "judge": 1, "shadow": 0, "audit": 0, "read": 0}
     assert ledger.verdicts == {"accepted": 1} and ledger.provenance == "simulated"
 
 

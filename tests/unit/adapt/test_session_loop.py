@@ -12,7 +12,8 @@ from session_rig import FORWARD_S, Rig, joules_of
 from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.price import PriceSolver
 from thermoe.adapt.readings import ControlReading
-from thermoe.adapt.steps import EnergyWindows, ForwardCount
+from thermoe.adapt.steps import ForwardCount
+from thermoe.adapt.windows import EnergyWindows
 from thermoe.telemetry.plant import Fault
 
 
