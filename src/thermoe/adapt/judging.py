@@ -110,6 +110,7 @@ def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) ->
     assert state.base is not None
     guards = live.safeguards
     fresh, earlier = judge_rows(state, guards)
+    fresh = [rows for rows in fresh if rows.evidence]
     sides = _differences(live, state.base, [*fresh, *earlier], known)
     verdict, reason, pooled, old = _weigh(sides, fresh, earlier, guards)
     noisy = pooled is not None and pooled.se is not None and pooled.se > NOISY_SE
@@ -149,11 +150,11 @@ def _differences(live: Live, base: Learned, rows: Sequence[HeldRows], known: Map
 def _weigh(
     sides: _Sides, fresh: Sequence[HeldRows], earlier: Sequence[HeldRows], guards: Safeguards
 ) -> tuple[Verdict, str, Paired | None, Paired | None]:
-    old = [sides[rows.batch][0] for rows in earlier if rows.evidence]
-    new = [sides[rows.batch][0] for rows in fresh if rows.evidence]
+    old = [sides[rows.batch][0] for rows in earlier]
+    new = [sides[rows.batch][0] for rows in fresh]
     pooled = Paired.of(torch.cat([*old, *new])) if old or new else None
     before = Paired.of(torch.cat(old)) if old else None
-    verdict, reason = judge(pooled, before, enough=guards.judge_tokens)
+    verdict, reason = judge(pooled, before, enough=guards.judge_tokens, most=guards.judge_tokens_most)
     return verdict, reason, pooled, before
 
 

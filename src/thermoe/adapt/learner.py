@@ -172,7 +172,7 @@ class Learner:
         if guards.judge and collected + int((weights > 0).sum()) >= live.min_tokens:
             fresh, earlier = judge_rows(state, guards)
             fresh = [*fresh, self._held_rows(batch, counted, evidence=True)]
-            if sum(one.tokens for one in fresh) >= guards.judge_tokens:
+            if sum(one.tokens for one in fresh) >= max(guards.judge_tokens, state.judge_at):
                 most_j += judge_bound_j(live, fresh, earlier)
         bucket = live.account.bucket
         if not bucket.allows(most_j):
@@ -224,10 +224,13 @@ class Learner:
         if not guards.judge:
             return Judged("accepted", "nothing is judged", None, None, None)
         held = sum(rows.tokens for rows in state.held.since(state.mark))
-        if held < guards.judge_tokens:
-            reason = f"{held} of {guards.judge_tokens} held-back tokens for a verdict"
-            return Judged("deferred", reason, None, None, None)
-        return judge_update(self.live, state, known)
+        enough = max(guards.judge_tokens, state.judge_at)
+        if held < enough:
+            return Judged("deferred", f"{held} of {enough} held-back tokens for a verdict", None, None, None)
+        judged = judge_update(self.live, state, known)
+        # What could not be told is asked again when there is clearly more to tell it by.
+        state.judge_at = min(2 * held, guards.judge_tokens_most) if judged.verdict == "deferred" else 0
+        return judged
 
     def _follow(self, judged: Judged, scored: _Scored, outcome: Outcome) -> AdaptStep:
         """Do what the verdict asks for."""

@@ -22,7 +22,7 @@ from thermoe.errors import CheckpointError, ConfigError
 GAIN_WINDOW, SURE = 8, 1.64
 MOST_INTERVAL = 32
 #: A batch is a shift when its loss is this many deviations above what was usual, after so many batches.
-SHIFT_SD, SHIFT_AFTER = 3.0, 8
+SHIFT_SD, SHIFT_AFTER = 4.0, 8
 
 
 class LearningBucket:
@@ -171,7 +171,7 @@ class Cadence:
             self.note_shift("the loss of the text jumped")
             return True
         self.scores += 1
-        rate = max(0.1, 1 / self.scores)
+        rate = max(0.05, 1 / self.scores)
         away = nll - self.mean_nll
         self.mean_nll += rate * away
         self.var_nll = (1 - rate) * (self.var_nll + rate * away * away)

@@ -165,10 +165,10 @@ class HeldText:
         return [rows for rows in self.rows if rows.batch > batch]
 
     def before(self, batch: int, tokens: int) -> list[HeldRows]:
-        """Return the latest rows up to the batch numbered ``batch``, until they have so many tokens, in order."""
+        """Return the latest rows that are evidence up to the batch numbered ``batch``, so many tokens, in order."""
         found: list[HeldRows] = []
         for rows in reversed(self.rows):
-            if rows.batch <= batch and sum(one.tokens for one in found) < tokens:
+            if rows.evidence and rows.batch <= batch and sum(one.tokens for one in found) < tokens:
                 found.insert(0, rows)
         return found
 

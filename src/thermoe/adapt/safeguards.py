@@ -186,7 +186,7 @@ class Paired:
         return f"{self.mean:+.3g}{noise} nats per token on {self.tokens} held-back tokens"
 
 
-def judge(pooled: Paired | None, earlier: Paired | None, *, enough: int) -> tuple[Verdict, str]:
+def judge(pooled: Paired | None, earlier: Paired | None, *, enough: int, most: int) -> tuple[Verdict, str]:
     """Return the verdict on an update, and why.
 
     Accepted when the mean is at most 0 and at most 0.01 nats are within 1.64 standard errors. Where that cannot be
@@ -197,6 +197,7 @@ def judge(pooled: Paired | None, earlier: Paired | None, *, enough: int) -> tupl
         pooled: all held-back tokens that are evidence.
         earlier: those among them from before the text that was learned from.
         enough: tokens for a verdict.
+        most: tokens after which there is no waiting for more: what is noisy then must at least look no worse.
     """
     if earlier is not None and earlier.harmful:
         return "rejected", f"it harms text read before: {earlier}"
@@ -210,7 +211,7 @@ def judge(pooled: Paired | None, earlier: Paired | None, *, enough: int) -> tupl
         return "deferred", f"{pooled.tokens} held-back tokens are too few blocks to know the noise"
     if pooled.mean <= 0 and pooled.mean + SURE * pooled.se <= TOLERANCE:
         return "accepted", str(pooled)
-    if pooled.se > NOISY_SE:
+    if pooled.se > NOISY_SE and (pooled.mean <= 0 or pooled.tokens < most):
         return "deferred", f"too noisy to tell: {pooled}"
     return "rejected", str(pooled)
 

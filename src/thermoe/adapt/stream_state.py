@@ -24,7 +24,17 @@ COUNTERS = ("batches", "updates", "accepted", "rejected", "deferred", "skipped",
 #: What a saved state keeps as plain values.
 PLAIN = (
     *COUNTERS,
-    *("base_batch", "waiting_j", "waiting_tokens", "layers", "update_batch", "cool_until", "rejects_in_row", "crowded"),
+    *(
+        "base_batch",
+        "waiting_j",
+        "waiting_tokens",
+        "layers",
+        "update_batch",
+        "cool_until",
+        "judge_at",
+        "rejects_in_row",
+        "crowded",
+    ),
     *("cusum", "shadow_batch", "shadow_nats", "standardised"),
 )
 HELD = ("batch", "input_ids", "mask", "counted", "tokens", "evidence")
@@ -92,6 +102,7 @@ class StreamState:
         chunk: summed gradients of batches that wait for `min_tokens`, their weight, their tokens.
         update_batch: number of the batch of the last update.
         cool_until: no update up to this batch.
+        judge_at: held-back tokens at which the next verdict is tried, where the last could not be told.
         rejects_in_row, crowded, cusum: of the safeguards.
         shadow_batch, shadow_nats: batch of the last shadow, and what it found.
         standardised: whether fast weights that standardise the slow logits know their statistics.
@@ -116,6 +127,7 @@ class StreamState:
     chunk: tuple[list[Tensor], float, int] | None = None
     update_batch: int | None = None
     cool_until: int = 0
+    judge_at: int = 0
     rejects_in_row: int = 0
     crowded: int = 0
     cusum: float = 0.0
@@ -132,7 +144,7 @@ class StreamState:
         """Forget what depends on what was learned; held-back text and counters stay."""
         self.base, self.chunk, self.parked = None, None, None
         self.waiting_j, self.waiting_tokens = 0.0, 0
-        self.rejects_in_row = self.crowded = 0
+        self.rejects_in_row = self.crowded = self.judge_at = 0
         self.cusum, self.standardised = 0.0, False
 
     def state_dict(self) -> dict[str, Any]:
