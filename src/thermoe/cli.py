@@ -107,32 +107,39 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted run in the same folder.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print every setting and stop.")] = False,
 ) -> None:
-    """Compare arms: a study of trainings (collapse), or the arms of a stream (demo, smoke), and write a report.
+    """Compare arms: a study (collapse, shift), or the arms of a stream (demo, smoke), and write a report.
 
     The study `collapse` trains one small MoE with no cure and with each cure of routing collapse, from a balanced and
-    from a collapsed start, over several seeds, and holds what happens against what the theory predicts.
+    from a collapsed start, over several seeds, and holds what happens against what the theory predicts. The study
+    `shift` reads a stream whose domain changes with routers frozen, adapted, and adapted under a budget of energy, and
+    with all weights adapted.
     """
+    from thermoe.compare.shift_spec import ShiftSpec, load_shift, shift_names
     from thermoe.compare.study_spec import load_study, study_names
 
     folder = out or Path("runs") / preset
-    if preset not in study_names():
+    if preset not in (*study_names(), *shift_names()):
         demo(out=folder, preset=preset, set_=set_, resume=resume, show_config=show_config)
         return
     import yaml
 
-    spec = load_study(preset, set_)
+    spec = load_shift(preset, set_) if preset in shift_names() else load_study(preset, set_)
     if show_config:
         typer.echo(yaml.safe_dump(spec.as_dict(), sort_keys=False).rstrip())
         return
     _quiet_libraries()
     from rich.console import Console
 
+    from thermoe.compare.shift import run_shift
     from thermoe.compare.study import run_study
     from thermoe.progress import Reporter
 
     console = Console()
     try:
-        run = run_study(spec, folder, name=preset, resume=resume, reporter=Reporter(console))
+        if isinstance(spec, ShiftSpec):
+            run = run_shift(spec, folder, name=preset, resume=resume, reporter=Reporter(console))
+        else:
+            run = run_study(spec, folder, name=preset, resume=resume, reporter=Reporter(console))
     except KeyboardInterrupt:  # typer ends the program with exit code 130
         typer.echo("interrupted; give the same command with --resume to go on", err=True)
         raise

@@ -6,6 +6,7 @@ import lzma
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,26 @@ def standard_library_code(max_bytes: int, *, part: int = 0, parts: int = 1) -> T
             fix="give a code file of your own with --set data.code=FILE",
         )
     return Text("\n\n".join(chunks)[:max_bytes], f"standard library of the running Python, {len(chunks)} files")
+
+
+def python_manual() -> Text:
+    """Return the language reference that ships with Python, as `help()` shows it: technical English prose.
+
+    Raises:
+        DataError: this Python was installed without it.
+    """
+    fix = "install the full standard library of Python"
+    try:
+        topics = import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise DataError(
+            f"the manual of the running Python cannot be read: {error}",
+            where="pydoc_data.topics",
+            accepted="a Python installation with its pydoc_data",
+            fix=fix,
+        ) from error
+    content = "\n\n".join(str(topics[name]) for name in sorted(topics))
+    return Text(content, f"language reference of the running Python, {len(topics)} topics")
 
 
 def read_text(path: str | Path, *, where: str = "text file") -> Text:

@@ -86,9 +86,18 @@ def held_nll(live: Live, rows: HeldRows, kind: LearningKind) -> tuple[Tensor, fl
 
 
 def judge_rows(state: StreamState, safeguards: Safeguards) -> tuple[list[HeldRows], list[HeldRows]]:
-    """Return the rows that a verdict looks at now: those since the base, and the latest before it."""
-    fresh = state.held.since(state.mark)
-    return fresh, state.held.before(state.mark, safeguards.judge_tokens)
+    """Return the rows that a verdict looks at now: the latest since the base, and the latest before it.
+
+    No more of them than a verdict asks for: rows pile up while an update waits for credit, and if all were judged, what
+    it may cost would grow as fast as the bucket fills.
+    """
+    enough, fresh, held = max(safeguards.judge_tokens, state.judge_at), [], 0
+    for rows in reversed(state.held.since(state.mark)):
+        if held >= enough:
+            break
+        fresh.append(rows)
+        held += rows.tokens if rows.evidence else 0
+    return fresh[::-1], state.held.before(state.mark, safeguards.judge_tokens)
 
 
 def judge_bound_j(live: Live, fresh: Sequence[HeldRows], earlier: Sequence[HeldRows]) -> float:

@@ -230,7 +230,7 @@ class Learner:
             return Judged("deferred", f"{held} of {enough} held-back tokens for a verdict", None, None, None)
         judged = judge_update(self.live, state, known)
         # What could not be told is asked again when there is clearly more to tell it by.
-        state.judge_at = min(2 * held, guards.judge_tokens_most) if judged.verdict == "deferred" else 0
+        state.judge_at = min(2 * enough, guards.judge_tokens_most) if judged.verdict == "deferred" else 0
         return judged
 
     def _follow(self, judged: Judged, scored: _Scored, outcome: Outcome) -> AdaptStep:

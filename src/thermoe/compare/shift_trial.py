@@ -27,13 +27,13 @@ from thermoe.compare.shift_spec import ORDERS, SEGMENTS, ShiftArm, ShiftSpec
 from thermoe.energy.cost_model import CostModel
 from thermoe.evaluation import sequence_nll
 from thermoe.models.frame import build_frame
-from thermoe.moe.layer import collect_routing, moe_layers, routed_modules
+from thermoe.moe.layer import collect_routing, routed_modules
 from thermoe.moe.losses import routing_loss
 from thermoe.results import save_whole
 from thermoe.routers.swap import set_router
 
 #: Halvings of the search for a price, and where it looks, in multiples of the mean sensitivity.
-BISECTIONS, LOWEST, HIGHEST = 24, 1e-5, 1e4
+BISECTIONS, LOWEST, HIGHEST = 12, 1e-4, 1e2
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +168,15 @@ def calibrate(spec: ShiftSpec, model: nn.Module, rows: Tensor) -> dict[str, Any]
 @contextmanager
 def reader_of(
     spec: ShiftSpec, arm: ShiftArm, model: nn.Module, cost: DecodeCost
-) -> Iterator[tuple[Callable[[Tensor], Reading], Callable[[float], None]]]:
-    """Yield a function that reads a batch, and one that is told the joules of decoding it."""
+) -> Iterator[tuple[Callable[[Tensor], Reading], Callable[[float, float], None]]]:
+    """Yield a function that reads a batch, and one that is told the joules of decoding it and of reading it again."""
     if arm.learns == "nothing":
 
         @torch.no_grad()
         def score(rows: Tensor) -> Reading:
             return Reading(sequence_nll(model(rows, use_cache=False).logits, rows))
 
-        yield score, lambda _: None
+        yield score, lambda *_: None
     elif arm.learns == "routers":
         guards = Safeguards(kl_cap=spec.adapt_kl_cap, anchor=spec.adapt_anchor)
         with RouterAdapter(
@@ -190,13 +190,14 @@ def reader_of(
                 worked = step.learning_j > 0
                 return Reading(step.sequence_nll, step.learned, step.verdict, step.reason, step.learning_j, worked)
 
-            def told(served_j: float) -> None:
+            def told(served_j: float, again_j: float) -> None:
                 adapter.bucket.earn(served_j)
+                adapter.bucket.spend(again_j)
 
             yield learn, told
     else:
         with DynamicEvaluation(model, lr=spec.all_lr) as rival:
-            yield lambda rows: Reading(rival.score_and_learn(rows), True, "learned"), lambda _: None
+            yield lambda rows: Reading(rival.score_and_learn(rows), True, "learned"), lambda *_: None
 
 
 def read_stream(
@@ -211,10 +212,9 @@ def read_stream(
             found = read(batch)
             chosen = take()
             served_j = cost.decode_j(chosen)
-            learning_j = found.learning_j + (cost.forward_j(chosen) if found.reads_again else 0.0)
-            if arm.learns == "all":
-                learning_j = cost.all_weights_j(chosen)
-            served(served_j)
+            again_j = cost.forward_j(chosen) if found.reads_again else 0.0
+            learning_j = cost.all_weights_j(chosen) if arm.learns == "all" else found.learning_j + again_j
+            served(served_j, again_j)
             rows.append(
                 {
                     "segment": segment, "number": number, "at": at, "tokens": batch.numel() - len(batch),
@@ -241,6 +241,4 @@ def read_saved(
 ) -> list[dict[str, Any]]:
     """Load the model of a seed and read the stream with one arm."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert any(True for _ in moe_layers(model))
-    torch.manual_seed(0)
     return read_stream(spec, spec.definitions[arm], order, model, calibrated, texts)

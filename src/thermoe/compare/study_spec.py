@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from thermoe.compare.predictions import RELATIONS
+from thermoe.compare.shift_spec import shift_names
 from thermoe.compare.spec import preset_names
 from thermoe.config import apply_overrides, apply_tree, read_yaml
 from thermoe.errors import ConfigError, UnknownNameError
@@ -148,8 +149,9 @@ def study_names() -> list[str]:
 
 
 def preset_kinds() -> list[str]:
-    """Return a line per preset of `thermoe compare`: its name and its kind, stream or study."""
+    """Return a line per preset of `thermoe compare`: its name and its kind, stream, study or shift study."""
     kinds = {**dict.fromkeys(preset_names(), "stream"), **dict.fromkeys(study_names(), "study")}
+    kinds |= dict.fromkeys(shift_names(), "shift study")
     return [f"{name:10} {kinds[name]}" for name in sorted(kinds)]
 
 

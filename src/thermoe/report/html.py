@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from thermoe.report.figures import RenderedFigure, render_figures
 from thermoe.report.findings import may_conclude, may_not_conclude, sources_of
 from thermoe.report.run_data import RunData, entry, number, section
+from thermoe.report.shift import render_shift, render_shift_html
 from thermoe.report.study import render_study, render_study_html
 from thermoe.report.training import render_training_html
 from thermoe.report.wording import (
@@ -41,18 +42,16 @@ def build_report(run_path: str | Path) -> Path:
     """
     data = RunData.read(run_path)
     kind = data.manifest.get("type")
-    figures = render_study(data) if kind == "study" else render_figures(data)
+    figures = {"study": render_study, "shift": render_shift}.get(str(kind), render_figures)(data)
     plots = data.path / "plots"
     plots.mkdir(exist_ok=True)
     for figure in figures:
         (plots / f"{figure.name}.png").write_bytes(figure.light)
     path = data.path / "report.html"
     partial = path.with_name(path.name + ".partial")
-    if kind in ("study", "training"):
-        render = render_study_html if kind == "study" else render_training_html
-        page = render(data, figures, _shared(data, figures))
-    else:
-        page = render_html(data, figures)
+    renders = {"study": render_study_html, "shift": render_shift_html, "training": render_training_html}
+    render = renders.get(str(kind))
+    page = render(data, figures, _shared(data, figures)) if render is not None else render_html(data, figures)
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path

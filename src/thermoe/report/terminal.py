@@ -56,6 +56,10 @@ def summary_table(run_path: str | Path, *, width: int | None = None) -> Table:
         from thermoe.report.training import training_table  # late, as below
 
         return training_table(data)
+    if data.manifest.get("type") == "shift":
+        from thermoe.report.shift import shift_table
+
+        return shift_table(data)
     if data.manifest.get("type") == "study":
         from thermoe.report.study import study_table  # late: it brings matplotlib
 

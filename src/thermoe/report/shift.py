@@ -1,0 +1,233 @@
+"""The report of a shift study: loss over the stream, perplexity against joules, the verdicts, and a table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from thermoe.report.figures import RenderedFigure
+from thermoe.report.run_data import Row, RunData, entry, listing, number
+from thermoe.report.style import DARK, DOTS_PER_INCH, LIGHT, WIDTH_IN, Theme, arm_style
+from thermoe.report.wording import MINUS, NOT_MEASURED, count, percent, plain
+
+#: Batches on either side that a line over the stream is averaged with.
+SMOOTH = 2
+
+
+def orders_of(data: RunData) -> list[str]:
+    """Return the orders in which the stream was read."""
+    return [str(order) for order in data.manifest.get("orders") or ()]
+
+
+def segments_of(data: RunData) -> list[str]:
+    """Return the segments of the stream."""
+    return [str(item.get("name")) for item in listing(data.manifest, "segments")]
+
+
+def batch_losses(data: RunData, arm: str, order: str) -> dict[tuple[str, Any], tuple[float, float]]:
+    """Return (place in the stream, nats per token, mean over seeds) by segment and number; empty if not read."""
+    found: dict[tuple[str, Any], list[tuple[float, float]]] = {}
+    for row in data.of("batch", arm=arm, order=order):
+        tokens = number(row.get("tokens"))
+        values = [number(value) for value in row.get("sequence_nll") or ()]
+        known = [value for value in values if value is not None]
+        if tokens and len(known) == len(values):
+            key = (str(row.get("segment")), row.get("number"))
+            found.setdefault(key, []).append((float(row.get("at") or 0), sum(known) / tokens))
+    return {key: (spots[0][0], sum(nll for _, nll in spots) / len(spots)) for key, spots in found.items()}
+
+
+def gaps_of(data: RunData, arm: str, order: str) -> tuple[list[float], list[float]]:
+    """Return places and smoothed losses above the first arm, nats per token, in the order read."""
+    base = batch_losses(data, data.arms[0].name, orders_of(data)[0])
+    own = batch_losses(data, arm, order)
+    pairs = sorted((at, nll - base[key][1]) for key, (at, nll) in own.items() if key in base)
+    values = [gap for _, gap in pairs]
+    return [at for at, _ in pairs], smoothed(values)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and its neighbours."""
+    parts = [values[max(0, i - SMOOTH) : i + SMOOTH + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_shift_stream(data: RunData, theme: Theme) -> Figure | None:
+    """Loss above frozen over the stream, in both orders."""
+    orders = [o for o in orders_of(data) if any(gaps_of(data, arm.name, o)[0] for arm in data.arms[1:])]
+    if not orders:
+        return None
+    figure = Figure(figsize=(WIDTH_IN, 3.2 * len(orders) + 1.0), layout="constrained")
+    panels = figure.subplots(len(orders), 1, squeeze=False)[:, 0]
+    for axes, order in zip(panels, orders, strict=True):
+        for arm in data.arms:
+            learned = bool(data.of("batch", arm=arm.name, order=order))
+            x, y = gaps_of(data, arm.name, order if learned else orders_of(data)[0])
+            if x and (learned or order == orders_of(data)[0]):
+                style = arm_style(data, arm.name, theme)
+                axes.plot(x, y, color=style.color, ls=style.dash, label=arm.title)
+        axes.axhline(0, color=theme.quiet, lw=0.9)
+        if order == orders_of(data)[0]:
+            _mark_segments(axes, data, theme)
+        axes.set_title("Segment after segment" if order == orders_of(data)[0] else "Interleaved batch by batch", pad=18)
+        axes.set_ylabel("Above frozen\n(nats per token)")
+    panels[-1].set_xlabel("Batches of the stream scored so far")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _mark_segments(axes: Any, data: RunData, theme: Theme) -> None:
+    places: dict[str, list[float]] = {}
+    for (segment, _), (at, _) in batch_losses(data, data.arms[0].name, orders_of(data)[0]).items():
+        places.setdefault(segment, []).append(at)
+    for i, (segment, found) in enumerate(places.items()):
+        low, high = min(found) - 0.5, max(found) + 0.5
+        axes.axvspan(low, high, color=theme.shade[i % len(theme.shade)], lw=0, zorder=0)
+        transform = axes.get_xaxis_transform()
+        axes.text((low + high) / 2, 1.01, segment, transform=transform, ha="center", va="bottom", fontsize=9.5)
+
+
+def draw_shift_front(data: RunData, theme: Theme) -> Figure | None:
+    """Perplexity against modelled joules per token, learning inside, a panel a segment."""
+    segments = segments_of(data)
+    rows = [row for arm in data.arms if (row := summary_of(data, arm.name, orders_of(data)[0])) is not None]
+    if not rows or not segments:
+        return None
+    figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(segments), squeeze=False)[0]
+    for axes, segment in zip(panels, segments, strict=True):
+        for row in rows:
+            joules, ppl = number(entry(row, "j_per_token_modelled", "value")), number(entry(row, "ppl", segment))
+            if joules is not None and ppl is not None:
+                style = arm_style(data, str(row["arm"]), theme)
+                title = data.title_of(row["arm"])
+                axes.plot(1e6 * joules, ppl, color=style.color, marker=style.marker, ls="none", ms=8, label=title)
+        axes.set_title(segment, fontsize=10.5)
+        axes.tick_params(labelsize=9)
+    panels[0].set_ylabel("Perplexity, lower is better")
+    figure.supxlabel("Modelled µJ per token, learning inside", fontsize=10.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def summary_of(data: RunData, arm: str, order: str) -> Row | None:
+    """Return the summary of an arm in an order; ``None`` when it was not read so."""
+    return next(iter(data.of("summary", arm=arm, order=order)), None)
+
+
+def render_shift(data: RunData) -> list[RenderedFigure]:
+    """Draw the pictures for light and dark pages."""
+    rendered = []
+    for name, draw in (("stream", draw_shift_stream), ("front", draw_shift_front)):
+        images: list[bytes] = []
+        figure = None
+        for theme in (LIGHT, DARK):
+            with matplotlib.rc_context(theme.rc()):
+                figure = draw(data, theme)
+                if figure is None:
+                    break
+                buffer = io.BytesIO()
+                FigureCanvasAgg(figure)
+                figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+                images.append(buffer.getvalue())
+        if figure is not None:
+            width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
+            rendered.append(RenderedFigure(name, images[0], images[1], width, height))
+    return rendered
+
+
+def shift_rows(data: RunData) -> list[dict[str, Any]]:
+    """Return a row an arm and order with every column as text."""
+    table = []
+    for order in orders_of(data):
+        for arm in data.arms:
+            row = summary_of(data, arm.name, order)
+            if row is None:
+                continue
+            joules = number(entry(row, "j_per_token_modelled", "value"))
+            made = [f"{count(value)} {name}" for name, value in (entry(row, "verdicts") or {}).items()]
+            table.append(
+                {
+                    "order": order,
+                    "title": arm.title,
+                    "ppl": [plain(entry(row, "ppl", segment), 4) for segment in segments_of(data)],
+                    "gaps": [_gap(entry(row, "to_frozen", segment)) for segment in (*segments_of(data), "all")],
+                    "joules": NOT_MEASURED if joules is None else plain(1e6 * joules),
+                    "learning": percent(row.get("learning_frac")) if row.get("learning_frac") else "0",
+                    "distinct": plain(row.get("distinct_experts")),
+                    "worst": _signed(number(row.get("worst_window_nats")), 4),
+                    "verdicts": ", ".join(made),
+                }
+            )
+    return table
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return NOT_MEASURED if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def _gap(estimate: Any) -> str:
+    value, low, high = (number(entry(estimate, key)) for key in ("value", "lo", "hi"))
+    if value is None:
+        return NOT_MEASURED
+    return f"{_signed(value, 4)} ({_signed(low, 4)} to {_signed(high, 4)})"
+
+
+def render_shift_html(data: RunData, figures: list[RenderedFigure], parts: dict[str, Any]) -> str:
+    """Return the report of a shift study as HTML.
+
+    Args:
+        data: the study.
+        figures: as drawn.
+        parts: what reports of all kinds share: verdicts, embedded figures, environment, configuration, command.
+    """
+    environment = Environment(
+        loader=PackageLoader("thermoe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    said = [row.get("holds") for row in data.of("verdict")]
+    return environment.get_template("shift.html.j2").render(
+        run=data.path.resolve().name,
+        finished=data.finished,
+        arms=data.arms,
+        segments=segments_of(data),
+        table=shift_rows(data),
+        counts=(said.count(True), said.count(False), said.count(None)),
+        seeds=count(entry(data.manifest, "config", "seeds")),
+        provenance=data.modelled_label() or NOT_MEASURED,
+        reference=str(entry(data.manifest, "cost_model", "reference") or NOT_MEASURED),
+        sources=[(str(name), str(entry(item, "source"))) for name, item in (data.manifest.get("data") or {}).items()],
+        **parts,
+    )
+
+
+def shift_table(data: RunData) -> Table:
+    """Return the study as a table for the terminal."""
+    title = "Perplexity by segment, and the whole stream against frozen (nats per token, 95 % interval)"
+    table = Table(title=title if data.finished else f"{title} (unfinished)", box=box.HORIZONTALS, title_justify="left")
+    table.add_column("Order")
+    table.add_column("Arm")
+    for segment in segments_of(data):
+        table.add_column(segment, justify="right")
+    for name in ("Against frozen", "µJ/token\nmodelled", "of it\nlearning", "Distinct\nexperts", "Worst\nwindow"):
+        table.add_column(name, justify="right")
+    before = None
+    for row in shift_rows(data):
+        if before not in (None, row["order"]):
+            table.add_section()
+        order = row["order"] if row["order"] != before else ""
+        cells = (row["gaps"][-1], row["joules"], row["learning"], row["distinct"], row["worst"])
+        table.add_row(order, row["title"], *row["ppl"], *cells)
+        before = row["order"]
+    return table
