@@ -23,21 +23,39 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _key(logit, e):
-    """Return int64 in the order of the scores, equal ones in that of the experts, no two of a row equal."""
-    bits = (tl.maximum(logit, _LOWEST) + 0.0).to(tl.int32, bitcast=True)  # + 0.0: of -0 and 0 none is the larger
-    return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 7) | (127 - e)
+def _score(logit_ptr, at, mask):
+    """Return float32 scores without NaN, which become the lowest."""
+    score = tl.load(logit_ptr + at, mask=mask, other=_LOWEST)
+    return tl.where(score > _LOWEST, score, _LOWEST)
 
 
 @triton.jit
-def _preferred(logit_ptr, at, inside, key, E: tl.constexpr, WORD: tl.constexpr):
-    """Return uint32 like ``key``: bit f is set where a token prefers expert 32 * WORD + f."""
-    word = tl.zeros_like(key).to(tl.uint32)
+def _probability(p_ptr, at, mask):
+    """Return float32 probabilities, 0 for what is none."""
+    p = tl.load(p_ptr + at, mask=mask, other=0.0)
+    return tl.where(p > 0, p, 0.0)
+
+
+@triton.jit
+def _preferred(logit_ptr, at, inside, score, E: tl.constexpr, WORD: tl.constexpr):
+    """Return uint32 like ``score``: bit f is set where a token scores expert 32 * WORD + f higher."""
+    word = tl.zeros_like(score).to(tl.uint32)
     for back in tl.range(32, loop_unroll_factor=8):
         f = 32 * WORD + 31 - back
-        other = _key(tl.load(logit_ptr + at + f, mask=inside & (f < E), other=_LOWEST), f)
-        # The sign of the difference of keys, shifted in from the right.
-        word = (word << 1) | ((key - other[:, None]).to(tl.uint64, bitcast=True) >> 63).to(tl.uint32)
+        other = _score(logit_ptr, at + f, inside & (f < E))
+        # The sign of the difference, shifted in from the right: two instructions a pair.
+        word = (word << 1) | ((score - other[:, None]).to(tl.uint32, bitcast=True) >> 31)
+    return word
+
+
+@triton.jit
+def _level(logit_ptr, at, inside, score, e, E: tl.constexpr, WORD: tl.constexpr):
+    """Return uint32 like ``score``: bit f is set where expert 32 * WORD + f scores the same and comes first."""
+    word = tl.zeros_like(score).to(tl.uint32)
+    for back in tl.range(32):
+        f = 32 * WORD + 31 - back
+        other = _score(logit_ptr, at + f, inside & (f < E))
+        word = (word << 1) | ((score == other[:, None]) & (f < e[None, :])).to(tl.uint32)
     return word
 
 
@@ -106,8 +124,8 @@ def _select_kernel(
     p_ptr, logit_ptr, real_ptr, baseline_ptr, out_ptr, price_ptr, kappa_ptr, pair_ptr, open_ptr, s_ptr,
     favourite_weight, T, N, G,
     E: tl.constexpr, K: tl.constexpr, K_MIN: tl.constexpr, COUPLED: tl.constexpr, PROTECT: tl.constexpr,
-    HAS_REAL: tl.constexpr, ROUNDS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    WEIGHED: tl.constexpr, HAS_REAL: tl.constexpr, ROUNDS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     WORDS: tl.constexpr = (BLOCK_E + 31) // 32
     FLOOR: tl.constexpr = K_MIN if K_MIN > 1 else 1
@@ -115,57 +133,70 @@ def _select_kernel(
     n, e, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     row = n * G + g
     inside, there = (n < N) & (row < T), e < E
-    real = inside
-    mask = real[:, None] & there[None, :]
+    mask = inside[:, None] & there[None, :]
     at = row[:, None] * E + e[None, :]
     slot_at, slots = row[:, None] * K + k[None, :], inside[:, None] & (k[None, :] < K)
-    p = tl.maximum(tl.load(p_ptr + at, mask=mask, other=0.0), 0.0)
-    key = _key(tl.load(logit_ptr + at, mask=mask, other=_LOWEST), e[None, :])
-    if HAS_REAL:
-        real = real & (tl.load(real_ptr + row, mask=real, other=0) != 0)
+    p = _probability(p_ptr, at, mask)
+    score = _score(logit_ptr, at, mask)
     price = tl.load(price_ptr)
     if price > 0:
         kappa = tl.load(kappa_ptr)
-        a0 = _preferred(logit_ptr, row * E, inside, key, E, 0)
+        a0 = _preferred(logit_ptr, row * E, inside, score, E, 0)
         a1, a2, a3 = a0, a0, a0
         if WORDS > 1:
-            a1 = _preferred(logit_ptr, row * E, inside, key, E, 1)
+            a1 = _preferred(logit_ptr, row * E, inside, score, E, 1)
         if WORDS > 2:
-            a2 = _preferred(logit_ptr, row * E, inside, key, E, 2)
-            a3 = _preferred(logit_ptr, row * E, inside, key, E, 3)
+            a2 = _preferred(logit_ptr, row * E, inside, score, E, 2)
+            a3 = _preferred(logit_ptr, row * E, inside, score, E, 3)
         place = _count(a0, a1, a2, a3, a0, a1, a2, a3, WORDS)
+        # Every pair has one bit unless its scores are equal, which is rare: then the expert of the lower number leads.
+        pairs = tl.sum(tl.where(there[None, :], place, 0), axis=1)
+        if tl.max((inside & (pairs != E * (E - 1) // 2)).to(tl.int32), axis=0) > 0:
+            a0 = a0 | _level(logit_ptr, row * E, inside, score, e, E, 0)
+            if WORDS > 1:
+                a1 = a1 | _level(logit_ptr, row * E, inside, score, e, E, 1)
+            if WORDS > 2:
+                a2 = a2 | _level(logit_ptr, row * E, inside, score, e, E, 2)
+                a3 = a3 | _level(logit_ptr, row * E, inside, score, e, E, 3)
+            place = _count(a0, a1, a2, a3, a0, a1, a2, a3, WORDS)
         own = mask & (place < K)
         own_mass = tl.maximum(_total(own, p), 1e-20)
 
         o0, o1, o2, o3 = _words(there, e, WORDS)
         if COUPLED:
+            real = mask
+            if HAS_REAL:
+                real = mask & (tl.load(real_ptr + row, mask=inside, other=0) != 0)[:, None]
+            q = tl.where(real, p, 0.0)  # what has no probability has no say
             s = tl.load(s_ptr + e, mask=there, other=0.0) * kappa
-            square = s[None, :] * p * p
-            product = s[None, :] * p * tl.where(own, p, 0.0) / own_mass[:, None]
+            square = s[None, :] * q * q
+            product = s[None, :] * q * tl.where(own, q, 0.0) / own_mass[:, None]
             costs = price * tl.load(open_ptr + e, mask=there, other=0.0)
-            favourite = real[:, None] & (place < K_MIN)
-            opened = tl.max((own & real[:, None]).to(tl.int32), axis=0) > 0
-            closable = opened
             if PROTECT:
-                closable = tl.max(favourite.to(tl.int32), axis=0) == 0
+                kept = tl.max((real & (place < K_MIN)).to(tl.int32), axis=0) > 0
+            if WEIGHED:
+                more = tl.where(place < K_MIN, favourite_weight - 1.0, 0.0)
+            opened = tl.max((own & real).to(tl.int32), axis=0) > 0
             o0, o1, o2, o3 = _words(opened, e, WORDS)
             left = tl.sum(opened.to(tl.int32), axis=0)
             step, number = 0, 1
             while (step < ROUNDS) & (number > 0):
                 opened = _holds(o0, o1, o2, o3, e, WORDS)
                 place = _count(a0, a1, a2, a3, o0, o1, o2, o3, WORDS)
-                within = mask & opened[None, :] & (place <= K)  # a token's choice, and its best open one outside
-                taken = within & (place < K)
-                now = _distortion(_total(taken, square), _total(taken, product), _total(taken, p))
+                within = opened[None, :] & (place <= K)  # a token's choice, and its best open one outside
+                taken = opened[None, :] & (place < K)
+                now = _distortion(_total(taken, square), _total(taken, product), _total(taken, q))
                 after = _distortion(
                     _total(within, square)[:, None] - square,
                     _total(within, product)[:, None] - product,
-                    _total(within, p)[:, None] - p,
+                    _total(within, q)[:, None] - q,
                 )
-                lost = tl.where(taken & (p > 0) & real[:, None], after - now[:, None], 0.0)
-                if K_MIN > 0:
-                    lost = tl.where(favourite & (lost > 0), favourite_weight * lost, lost)
-                saving = tl.where(opened & closable, costs - tl.sum(lost, axis=0), 0.0)
+                lost = tl.where(taken & (q > 0), after - now[:, None], 0.0)
+                if WEIGHED:
+                    lost += more * tl.maximum(lost, 0.0)
+                saving = tl.where(opened, costs - tl.sum(lost, axis=0), 0.0)
+                if PROTECT:
+                    saving = tl.where(kept, 0.0, saving)
                 pays = saving > 0
                 wanted = tl.sum(pays.to(tl.int32), axis=0)
                 number = tl.minimum(tl.ceil(wanted.to(tl.float32) * SHARE).to(tl.int32), left - FLOOR)
@@ -181,22 +212,17 @@ def _select_kernel(
         opened = _holds(o0, o1, o2, o3, e, WORDS)
         place = _count(a0, a1, a2, a3, o0, o1, o2, o3, WORDS)
         taken = mask & opened[None, :] & (place < K)
-        # Each expert goes to its place, with a mark where it is among the token's own top-k; other places hold none.
-        found = tl.sum(taken.to(tl.int32), axis=1)
-        tl.store(out_ptr + row[:, None] * K + place, (e[None, :] + tl.where(own, 256, 0)).to(tl.int64), mask=taken)
-        tl.store(
-            out_ptr + slot_at, tl.full([BLOCK_N, BLOCK_K], E, tl.int64), mask=slots & (k[None, :] >= found[:, None])
-        )
-        tl.debug_barrier()
-        marked = tl.load(out_ptr + slot_at, mask=slots, other=E).to(tl.int32)
-        chosen = marked & 255
-        used = chosen < E
+        # A token's choice in one word, a byte per place: the expert, and whether it is among the token's own top-k.
+        byte = (e[None, :] + tl.where(own, 128, 0)).to(tl.int64) << (8 * place.to(tl.int64))
+        packed, found = tl.sum(tl.where(taken, byte, 0), axis=1), tl.sum(taken.to(tl.int32), axis=1)
+        marked = ((packed[:, None] >> (8 * k[None, :]).to(tl.int64)) & 255).to(tl.int32)
+        chosen, used = marked & 127, slots & (k[None, :] < found[:, None])
         if K > K_MIN:
-            p_k = tl.maximum(tl.load(p_ptr + row[:, None] * E + chosen, mask=used, other=0.0), 0.0)
+            p_k = _probability(p_ptr, row[:, None] * E + chosen, used)
             s_k = tl.load(s_ptr + chosen, mask=used, other=0.0) * kappa
             pair = price * tl.load(pair_ptr + chosen, mask=used, other=0.0)
             square_k = s_k * p_k * p_k
-            product_k = s_k * p_k * tl.where(marked > 255, p_k, 0.0) / own_mass[:, None]
+            product_k = s_k * p_k * tl.where(marked > 127, p_k, 0.0) / own_mass[:, None]
             step, going = 0, 1
             while (step < K - K_MIN) & (going > 0):
                 mass, squares, products = _total(used, p_k), _total(used, square_k), _total(used, product_k)
@@ -209,14 +235,13 @@ def _select_kernel(
                 used = used & ((k[None, :] != slot[:, None]) | (gives_up[:, None] == 0))
                 going = tl.max(gives_up.to(tl.int32), axis=0)
                 step += 1
-        tl.debug_barrier()
         tl.store(out_ptr + slot_at, tl.where(used, chosen, E).to(tl.int64), mask=slots)
     else:
         tl.store(out_ptr + slot_at, tl.load(baseline_ptr + slot_at, mask=slots, other=0), mask=slots)
 
 
 def warps_for(block_n: int, block_e: int, coupled: bool) -> int:
-    """Return the warps of a program: few, because each one more makes all wait longer for another.
+    """Return the warps of a program: 4 to 16 scores a thread, and few warps, because each makes the others wait.
 
     Args:
         block_n: tokens of a group, a power of 2.
@@ -224,7 +249,9 @@ def warps_for(block_n: int, block_e: int, coupled: bool) -> int:
         coupled: whether experts are closed, for which all pairs of them are compared.
     """
     size = max(block_n * block_e, block_e * block_e // 4 if coupled else 0)
-    return 16 if size > 4096 else min(8, max(1, size // 128))
+    if size > 2048:
+        return 32 if size > 8192 else 16
+    return min(8, max(1, size // 128))
 
 
 def select(
@@ -254,7 +281,8 @@ def select(
     _select_kernel[(groups,)](
         p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, favourite_weight, tokens,
         size, groups, E=experts, K=k_max, K_MIN=k_min, COUPLED=coupled, PROTECT=protect and k_min > 0,
-        HAS_REAL=real is not None, ROUNDS=rounds, SHARE=share, BLOCK_N=block_n, BLOCK_E=block_e,
-        BLOCK_K=max(2, triton.next_power_of_2(k_max)), num_warps=warps_for(block_n, block_e, coupled),
+        WEIGHED=favourite_weight != 1 and k_min > 0, HAS_REAL=real is not None, ROUNDS=rounds, SHARE=share,
+        BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=max(2, triton.next_power_of_2(k_max)),
+        num_warps=warps_for(block_n, block_e, coupled),
     )  # fmt: skip
     return out
