@@ -6,9 +6,8 @@ learned from is an objective (`objectives.py`); what keeps it from doing harm ar
 all on by default; what it may cost is a share of the joules served (`learning_bucket.py`).
 
     with RouterAdapter(model) as adapter:
-        for batch in batches:
-            step = adapter.score_and_learn(batch)
-        print(adapter.report())
+        steps = [adapter.score_and_learn(batch) for batch in batches]
+    print(adapter.report())
 
 Shape letters: B sequences, S positions.
 """
@@ -151,6 +150,8 @@ class RouterAdapter:
                     min_tokens,
                 )
                 self._learner = Learner(live, settings)
+                # What was loaded with the model has the statistics that it was learned with.
+                self._learner.state.standardised = self._places.starts_learned
             except BaseException:
                 self._places.remove()
                 raise
@@ -259,11 +260,11 @@ class RouterAdapter:
         Energy is: they have one bucket and one ledger. Without this call everything is of the stream "default".
 
         Returns:
-            A context manager, for those who want it, that goes back to the present stream.
+            A context manager, to be used or not, that goes back to the present stream.
 
         Raises:
             ConfigError: the name is no text, or empty.
-            RoutingError: the adapter is closed, or its fast weights are off.
+            RoutingError: the adapter is closed.
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(
