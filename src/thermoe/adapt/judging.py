@@ -108,13 +108,17 @@ def judge_bound_j(live: Live, fresh: Sequence[HeldRows], earlier: Sequence[HeldR
     return live.account.costs.bound_j(2 * sum(one.forward_tokens for one in rows), forwards=2 * len(rows))
 
 
-def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) -> Judged:
+#: By batch number, the nats of the counted tokens in the base state, and the joules where the same rows ran.
+Known = Mapping[int, tuple[Tensor, float | None]]
+
+
+def judge_update(live: Live, state: StreamState, known: Known) -> Judged:
     """Compare the present fast weights with those of the base on held-back text.
 
     Args:
         live: the adapter's parts.
         state: of the stream; it has a base.
-        known: by batch number, the nats of the counted tokens in the base state, where they are known already.
+        known: what is known of the base state already.
     """
     assert state.base is not None
     guards = live.safeguards
@@ -125,7 +129,8 @@ def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) ->
     noisy = pooled is not None and pooled.se is not None and pooled.se > NOISY_SE
     if verdict == "deferred" and noisy and guards.judge_tokens_most > guards.judge_tokens:
         wider = state.held.before(state.mark, guards.judge_tokens_most)
-        more = [rows for rows in wider if rows not in earlier]
+        # Where rows have to run in their whole batch, a wider look costs more than it tells.
+        more = [rows for rows in wider if rows not in earlier and rows.forward_tokens <= 2 * (rows.tokens + rows.rows)]
         if more and live.account.bucket.allows(judge_bound_j(live, [], more)):
             sides |= _differences(live, state.base, more, known)
             verdict, reason, pooled, old = _weigh(sides, fresh, wider, guards)
@@ -139,7 +144,7 @@ def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) ->
 _Sides = dict[int, tuple[Tensor, float, float | None]]
 
 
-def _differences(live: Live, base: Learned, rows: Sequence[HeldRows], known: Mapping[int, Tensor]) -> _Sides:
+def _differences(live: Live, base: Learned, rows: Sequence[HeldRows], known: Known) -> _Sides:
     """Return, by batch number, after minus before, joules after, and joules before where that ran."""
     after = {one.batch: held_nll(live, one, "judge") for one in rows}
     before: dict[int, tuple[Tensor, float]] = {}
@@ -152,7 +157,7 @@ def _differences(live: Live, base: Learned, rows: Sequence[HeldRows], known: Map
         if batch in before:
             found[batch] = nll - before[batch][0], energy_j, before[batch][1]
         else:
-            found[batch] = nll - known[batch], energy_j, None
+            found[batch] = nll - known[batch][0], energy_j, known[batch][1]
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thermoe.adapt.adapter_settings import chosen_layers
 from thermoe.adapt.fast_optimizer import FastOptimizer
-from thermoe.adapt.judging import Judged, judge_bound_j, judge_rows, judge_update, shadow, shadow_rows
+from thermoe.adapt.judging import Judged, Known, judge_bound_j, judge_rows, judge_update, shadow, shadow_rows
 from thermoe.adapt.learning_bucket import Cadence
 from thermoe.adapt.learning_report import AdaptStep
 from thermoe.adapt.objectives import LearnBatch
@@ -195,7 +195,8 @@ class Learner:
         since_s, known, first = live.account.ledger.clock.now_s(), {}, state.base is None
         if first:
             state.base, state.base_batch = Learned.of(live.fast, live.optimizer, live.objective), state.batches - 1
-            known = {state.batches: scored.nll.detach()[scored.counted]}
+            whole = rows_interact(live.routers())  # then the rows to be judged are those that were scored
+            known = {state.batches: (scored.nll.detach()[scored.counted], scored.served_j if whole else None)}
         if state.layers is None:
             state.layers = chosen_layers(self.settings.layers, live.fast, scored.seen)
         given = LearnBatch(
@@ -221,7 +222,7 @@ class Learner:
         state.update_batch = state.batches
         return self._follow(self._verdict(known), scored, outcome)
 
-    def _verdict(self, known: Mapping[int, Tensor]) -> Judged:
+    def _verdict(self, known: Known) -> Judged:
         state, guards = self.state, self.live.safeguards
         if not guards.judge:
             return Judged("accepted", "nothing is judged", None, None, None)

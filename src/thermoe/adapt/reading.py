@@ -115,6 +115,11 @@ class HeldRows:
     evidence: bool
 
     @property
+    def rows(self) -> int:
+        """Sequences of a forward over these rows."""
+        return self.input_ids.shape[0]
+
+    @property
     def forward_tokens(self) -> int:
         """Real tokens of a forward over these rows."""
         return self.input_ids.numel() if self.mask is None else int(self.mask.sum())

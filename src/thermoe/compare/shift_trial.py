@@ -232,7 +232,7 @@ def train_and_save(spec: ShiftSpec, seed: int, texts: ShiftTexts, folder: Path) 
     """Train the model of a seed into ``folder``; returns what a run folder keeps of it."""
     model, loss = train_model(spec, seed, texts)
     calibrated = calibrate(spec, model, texts.calibration)
-    save_whole(folder, model.save_pretrained)  # type: ignore[operator]
+    save_whole(folder, model.save_pretrained)  # type: ignore[arg-type]
     return {"train_loss": loss, "parameters": sum(p.numel() for p in model.parameters()), **calibrated}
 
 

@@ -17,7 +17,7 @@ from thermoe.routers import selection
 
 HAS_TRITON = find_spec("triton") is not None
 #: Most experts, slots, and scores of a group that one program holds. At the most scores a thread has 16, and a part of
-#: what belongs to them lies outside its registers (480 bytes at 64 experts); twice as many would leave nearly all there.
+#: what belongs to them lies outside its registers (480 bytes at 64 experts); with twice as many nearly all would.
 MAX_EXPERTS, MAX_SLOTS, MAX_SCORES = 128, 8, 16384
 #: Rows by themselves are put into groups of this many.
 ROWS_PER_GROUP = 16
