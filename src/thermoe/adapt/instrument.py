@@ -79,6 +79,7 @@ class Instrument:
         self.solver = PriceSolver(model, cost_model, ModelWork.of(model))
         self.log = self._new_log()
         self._last: list[RoutingDecision | None] = [None] * len(self.solver.modules)
+        self._unserved = list(self._last)
         self._priced: list[PricedRouter] = []
         self._aside: ForwardLog | None = None
         self._noting = threading.Lock()
@@ -192,10 +193,16 @@ class Instrument:
         """
         with self._noting:
             present = [module.last_routing for module in self.solver.modules]
-            # A module that did not run still holds the decision of an earlier forward.
-            ran = [d if copy or d is not old else None for d, old in zip(present, self._last, strict=True)]
+            if not is_serving():
+                self._unserved = present
+                return False
+            # A module that did not run still holds the decision of an earlier forward, or of one that served nobody.
+            ran = [
+                d if copy or not (d is served or d is unserved) else None
+                for d, served, unserved in zip(present, self._last, self._unserved, strict=True)
+            ]
             self._last = present
-            forward = Forward.of(ran, shape) if is_serving() else None
+            forward = Forward.of(ran, shape)
             if forward is None:
                 return False
             if copy:

@@ -61,13 +61,28 @@ def test_forwards_that_serve_nobody_are_neither_tokens_nor_rows_of_the_search(me
                 model(STEP)
         assert session.pending == 0 and session.tally.steps == steps
         assert session._instrument.solver.rows("decode") == rows  # type: ignore[union-attr]
-        blocks, model.transformer.h = model.transformer.h, model.transformer.h[:1]
-        model(STEP)  # the layer that does not run still holds what the forward for nobody decided
-        held = session._instrument.log._held[-1][1].decisions  # type: ignore[union-attr]
-        model.transformer.h = blocks
-        assert held[0] is not None and held[1] is None
+        model(STEP)
         assert session.step()["tokens"] == 6
     assert session.tally.tokens == 12
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["left", "restored"])
+def test_a_layer_that_did_not_run_is_not_counted_by_what_served_nobody(restored: bool, meter: EnergyMeter) -> None:
+    """Whoever makes a forward for nobody may put the decisions on record back to those that were served."""
+    model = moe()
+    modules = [module for _, module in routed_modules(model)]
+    with AdaptiveSession(model, meter=meter, cost_model=COST) as session, torch.no_grad():
+        model(STEP)
+        served = [module.last_routing for module in modules]
+        with serving_nothing():
+            model(STEP)
+        for module, decision in zip(modules, served, strict=True):
+            module.last_routing = decision if restored else module.last_routing
+        blocks, model.transformer.h = model.transformer.h, model.transformer.h[:1]
+        model(STEP)
+        model.transformer.h = blocks
+        held = session._instrument.log._held[-1][1].decisions  # type: ignore[union-attr]
+        assert held[0] is not None and held[1] is None
 
 
 def test_modelled_joules_of_learning_are_inside_those_per_token(meter: EnergyMeter) -> None:
