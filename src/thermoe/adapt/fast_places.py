@@ -80,6 +80,11 @@ class FastPlaces:
     def _present(self) -> dict[str, Router]:
         return {name: m.router for name, m in routed_modules(self._model) if isinstance(m.router, Router)}
 
+    @property
+    def starts_learned(self) -> bool:
+        """Whether the fast weights started from what was saved with the model."""
+        return any(kept is not None for kept in self.kept.values())
+
     def put(self) -> None:
         """See that the routers that are there now have the fast weights of their layer.
 

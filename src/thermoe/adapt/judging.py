@@ -168,8 +168,10 @@ def _weigh(
 
 
 def shadow_rows(held: HeldText) -> list[HeldRows]:
-    """Return the rows of a shadow: the latest, until they have enough tokens."""
-    return held.before(held.rows[-1].batch, SHADOW_TOKENS) if held.rows else []
+    """Return the rows of a shadow: the latest that are evidence, so many tokens; without any, the last."""
+    if not held.rows:
+        return []
+    return held.before(held.rows[-1].batch, SHADOW_TOKENS) or [held.rows[-1]]
 
 
 def shadow(live: Live, rows: Sequence[HeldRows]) -> Paired | None:

@@ -124,12 +124,13 @@ class Learner:
         held = hold_back(batch, self.settings.held_frac, f"{self.settings.seed}/{self.name}/{state.batches}")
         weights, counted = batch.weights.masked_fill(held, 0), held & (batch.weights > 0)
         why_not = self._why_not(batch, weights, counted)
+        learns = why_not is None
         with (
-            torch.set_grad_enabled(why_not is None and live.objective.needs_graph),
-            record_inputs(live.fast, standardise=not state.standardised) as seen,
+            torch.set_grad_enabled(learns and live.objective.needs_graph),
+            record_inputs(live.fast if learns else {}, standardise=not state.standardised) as seen,
         ):
             nll, vocabulary = token_nll(live.model, batch.input_ids, batch.mask)
-        state.standardised = True
+        state.standardised = state.standardised or learns
         scored = self._scored(batch, nll, counted, weights, seen)
         if bucket.earns_scoring:
             bucket.earn(scored.served_j)

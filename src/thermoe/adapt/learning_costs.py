@@ -8,7 +8,7 @@ Shape letters: L routed layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from thermoe.adapt.learning_work import LearningKind, LearningLedger, LearningWo
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable
 from thermoe.energy.work import ModelWork
+from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import Routed, routed_modules
 from thermoe.routers.base import Router
 
@@ -56,6 +57,15 @@ class LearningCosts:
                     pairs[row, : decision.num_experts] = tokens
         count = torch.tensor([float(tokens)], dtype=torch.float64)
         return float(self.table.joules(count, pairs.unsqueeze(0), (pairs > 0).unsqueeze(0)))
+
+    def decisions(self) -> list[RoutingDecision | None]:
+        """Return the decisions on record, layer by layer."""
+        return [module.last_routing for module in self._modules]
+
+    def set_decisions(self, decisions: Sequence[RoutingDecision | None]) -> None:
+        """Put decisions on record."""
+        for module, decision in zip(self._modules, decisions, strict=True):
+            module.last_routing = decision
 
     def bound_j(self, tokens: int, *, forwards: int = 1, all_experts: bool = False) -> float:
         """Return the most joules that forwards over so many tokens together can cost: every expert opened each time.
@@ -120,8 +130,11 @@ class LearningAccount:
         Yields:
             What it cost, known when the context is left.
         """
-        since_s, paid = self.ledger.clock.now_s(), Paid()
-        with serving_nothing():
-            yield paid
-        paid.energy_j = self.costs.last_forward_j(tokens, all_experts=all_experts)
-        self.spend(kind, tokens, paid.energy_j, since_s)
+        since_s, paid, served = self.ledger.clock.now_s(), Paid(), self.costs.decisions()
+        try:
+            with serving_nothing():
+                yield paid
+            paid.energy_j = self.costs.last_forward_j(tokens, all_experts=all_experts)
+            self.spend(kind, tokens, paid.energy_j, since_s)
+        finally:  # who looks at the model afterwards sees the routing of what was served
+            self.costs.set_decisions(served)

@@ -6,9 +6,8 @@ learned from is an objective (`objectives.py`); what keeps it from doing harm ar
 all on by default; what it may cost is a share of the joules served (`learning_bucket.py`).
 
     with RouterAdapter(model) as adapter:
-        for batch in batches:
-            step = adapter.score_and_learn(batch)
-        print(adapter.report())
+        steps = [adapter.score_and_learn(batch) for batch in batches]
+    print(adapter.report())
 
 Shape letters: B sequences, S positions.
 """
@@ -18,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +39,7 @@ from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.update import Live
 from thermoe.energy.cost_model import CostModel
 from thermoe.errors import CheckpointError, ConfigError, RoutingError
+from thermoe.models.classes import MoEModelMixin
 
 __all__ = ["AdaptStep", "RouterAdapter"]
 STATE_VERSION = 2
@@ -147,6 +148,8 @@ class RouterAdapter:
                     min_tokens,
                 )
                 self._learner = Learner(live, settings)
+                # What was loaded with the model has the statistics that it was learned with.
+                self._learner.state.standardised = self._places.starts_learned
             except BaseException:
                 self._places.remove()
                 raise
@@ -202,14 +205,8 @@ class RouterAdapter:
             self._last = self._learner.read(batch)
         return self._last
 
-    def read_prompt(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> AdaptStep:
-        """Score and learn from prompts before they are continued: `generate` then decodes with the fast weights.
-
-        A correction does not depend on the position, so cached decoding follows it. Raises as `score_and_learn`.
-        """
-        return self.score_and_learn(input_ids, attention_mask, weights)
+    #: For prompts that are continued then: `generate` decodes with the fast weights, for they know no position.
+    read_prompt = score_and_learn
 
     def reset(self) -> None:
         """Return the present stream to the trained routers exactly, and forget moments and updates that wait."""
@@ -261,11 +258,11 @@ class RouterAdapter:
         Energy is: they have one bucket and one ledger. Without this call everything is of the stream "default".
 
         Returns:
-            A context manager, for those who want it, that goes back to the present stream.
+            A context manager, to be used or not, that goes back to the present stream.
 
         Raises:
             ConfigError: the name is no text, or empty.
-            RoutingError: the adapter is closed, or its fast weights are off.
+            RoutingError: the adapter is closed.
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(
@@ -363,6 +360,29 @@ class RouterAdapter:
             self._learner.load_state_dict(state)
         self.bucket.load_state_dict(state["bucket"])
         self.ledger.load_state_dict(state["ledger"])
+
+    def save_pretrained(self, folder: str | Path, **settings: Any) -> None:
+        """Save the model with what the present stream learned; loaded, it scores as it does now, bit for bit.
+
+        Args:
+            folder: of the checkpoint.
+            settings: of the model's own `save_pretrained`.
+
+        Raises:
+            RoutingError: the adapter is closed, or the routers are attached to a model whose checkpoints have no place
+                for fast weights.
+        """
+        self._require_open("save_pretrained")
+        model: Any = self.model
+        if not isinstance(model, MoEModelMixin):
+            raise RoutingError(
+                f"a checkpoint of {type(model).__name__} has no place for what was learned",
+                where="RouterAdapter.save_pretrained",
+                accepted="a converted model, whose configuration names its routers",
+                fix="save adapter.state_dict() beside the model with torch.save, and load it into a new RouterAdapter",
+            )
+        self._places.put()
+        model.save_pretrained(folder, keep_learned=True, **settings)
 
     def close(self) -> None:
         """Take the fast weights off; the model is as it was before. May be called twice."""

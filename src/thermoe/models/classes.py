@@ -32,11 +32,13 @@ from thermoe.models.card import write_card
 from thermoe.models.checkpoint import check_blocks, check_loaded, check_reachable, damaged, incomplete, why_incomplete
 from thermoe.models.config_fields import FIELDS, check_fields
 from thermoe.models.families import FAMILIES, Family
+from thermoe.models.learned import learned_in
 from thermoe.models.padding import note_padding
 from thermoe.moe.experts import Experts, split_widths
 from thermoe.moe.layer import MoELayer
 from thermoe.moe.offload import is_offloaded, readable, whole_state
 from thermoe.routers.base import ROUTERS, Router
+from thermoe.routers.fast_weights import FastWeights
 from thermoe.routers.swap import build_router
 
 PREFIX = "thermoe_"
@@ -167,6 +169,8 @@ def build_layer(config: Any, position: int) -> MoELayer:
         "gated": config.gated_experts,
         "up_bias": shape.up_bias and config.gated_experts == shape.gated,
     }
+    if entry.get("fast") is not None:  # the model was saved with what it learned at test time
+        router.fast = FastWeights(shape.hidden_size, config.num_experts, **entry["fast"])
     experts = Experts(
         config.num_experts,
         shape.hidden_size,
@@ -216,6 +220,8 @@ class MoEModelMixin:
         # What routers keep precise stays so when the weights are loaded in half precision.
         routers = [layer.router for layer in placed_layers(self).values() if isinstance(layer.router, Router)]
         precise = {f"router.{name}" for router in routers for name in router.float32_buffers}
+        if any(router.fast is not None for router in routers):
+            precise.add("router.fast")
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *precise}
         self.post_init()  # type: ignore[attr-defined]
 
@@ -238,6 +244,9 @@ class MoEModelMixin:
         elif isinstance(module, Router):
             init.normal_(module.weight, std=0.02 * (768 / module.hidden_size) ** 0.5)
             init.zeros_(module.ramp)
+        elif isinstance(module, FastWeights):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         elif isinstance(module, MoELayer):
             if module.output_bias is not None:
                 init.zeros_(module.output_bias)
@@ -249,8 +258,18 @@ class MoEModelMixin:
         """Experts dispatch through thermoe's own backends, so transformers must not offer to switch them."""
         return False
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save weights and configuration, with the routers as they are now; offloaded weights are brought in."""
+    def save_pretrained(self, save_directory: Any, *args: Any, keep_learned: bool = False, **kwargs: Any) -> Any:
+        """Save weights and configuration, with the routers as they are now; offloaded weights are brought in.
+
+        What is not named here is as in transformers. With ``keep_learned`` what test-time training learned is saved
+        too, as fast weights beside the routers, and the loaded model scores as the adapted one, bit for bit; without
+        it the loaded model is the trained one.
+        """
+        model: Any = self
+        with learned_in(model, keep_learned, kwargs):
+            return self._save_pretrained(save_directory, *args, **kwargs)
+
+    def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         own: Any = self
         routers = {position: layer.router for position, layer in placed_layers(self).items()}
         with readable(*routers.values()):
@@ -317,8 +336,9 @@ def moe_model_class(dense: type) -> Any:
 
 
 def describe_router(router: Router) -> dict[str, Any]:
-    """Return name, top_k and options: what the configuration needs to build ``router`` again."""
-    return {"name": ROUTERS.name_of(type(router)), "top_k": router.top_k, "options": router.options()}
+    """Return name, top_k and options, and those of its fast weights: what is needed to build ``router`` again."""
+    described = {"name": ROUTERS.name_of(type(router)), "top_k": router.top_k, "options": router.options()}
+    return described if router.fast is None else {**described, "fast": router.fast.options()}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from thermoe import __version__
 from thermoe.errors import ConfigError
+from thermoe.routers.fast_weights import FAST_FAMILIES
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -23,7 +24,17 @@ def _router(entry: Any) -> bool:
     return (
         _whole(entry.get("top_k", 1), 1)
         and (options is None or isinstance(options, dict))
-        and not set(entry) - {"name", "top_k", "options"}
+        and (entry.get("fast") is None or _fast(entry["fast"]))
+        and not set(entry) - {"name", "top_k", "options", "fast"}
+    )
+
+
+def _fast(options: Any) -> bool:
+    return (
+        isinstance(options, dict)
+        and options.get("family") in FAST_FAMILIES
+        and _whole(options.get("rank", 1), 1)
+        and not set(options) - {"family", "rank"}
     )
 
 
@@ -62,7 +73,7 @@ FIELDS: dict[str, tuple[Any, Any, str, Callable[[Any], bool]]] = {
     "conversion_method": (str | None, None, "the name of a conversion method, or null", _optional(_text)),
     "routers": (
         dict[str, Any] | None, None,
-        'by block position, {"name": ..., "top_k": ..., "options": {...}}',
+        'by block position, {"name": ..., "top_k": ..., "options": {...}}, or with "fast": {"family": ...} too',
         _optional(lambda v: isinstance(v, dict) and all(map(_router, v.values()))),
     ),
     "thermoe_version": (str | None, None, "a version such as 1.2.3", _optional(_text)),

@@ -105,7 +105,9 @@ def test_t17_learning_stays_inside_the_bucket_and_is_counted(frac: float) -> Non
         assert adapter.ledger.energy_j == pytest.approx(sum(step.learning_j for step in steps))
         assert adapter.ledger.energy_j == pytest.approx(sum(work.energy_j for work in adapter.ledger.take()))
         assert adapter.ledger.energy_j == pytest.approx(adapter.bucket.spent_j)
-        assert (adapter.updates > 1 or frac < 0.1) and steps[0].verdict != "skipped", "the first update may come at once"
+        assert (adapter.updates > 1 or frac < 0.1) and steps[0].verdict != "skipped", (
+            "the first update may come at once"
+        )
         waiting = [step for step in steps if step.verdict == "skipped"]
         assert len(waiting) > 20 and all((step.reason or "").startswith("no credit") for step in waiting)
         assert all(step.learning_j == 0 or step.shadow is not None for step in waiting)
