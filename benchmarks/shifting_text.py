@@ -4,7 +4,7 @@ Every reader scores a batch before it learns from it, so that no loss is that of
 come in two orders: segment after segment (novels, Python, Shakespeare, other novels), and interleaved one by one, which
 is the worst case for whoever learns. A frozen model scores a batch alike in both, so it is run once.
 
-Shape letters: B sequences, S positions, L layers, T tokens.
+Shape letters: B sequences, S positions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thermoe.adapt import test_time
+from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.test_time import RouterAdapter
+from thermoe.compare.decode_cost import choices_of
+from thermoe.compare.dynamic_evaluation import DynamicEvaluation
+from thermoe.energy.cost_model import CostModel
 from thermoe.evaluation import sequence_nll
-from thermoe.moe.layer import collect_routing, routed_modules
 
 #: What each segment of the stream is read from; both segments of novels are of other pages.
 SEGMENTS = (("novels-1", "novels"), ("python", "python"), ("shakespeare", "shakespeare"), ("novels-2", "novels"))
@@ -94,7 +96,8 @@ class Reading:
     learned: bool
     verdict: str
     reason: str | None = None
-    facts: dict[str, float] | None = None
+    facts: dict[str, float | None] | None = None
+    worked: bool = False
 
 
 class Reader(Protocol):
@@ -123,187 +126,93 @@ class Frozen:
 
 
 class Adapted:
-    """The routers learn, with the safeguards of `RouterAdapter`."""
+    """The routers learn, with the safeguards of `RouterAdapter`.
 
-    def __init__(self, model: nn.Module, adapter: RouterAdapter) -> None:
-        self.model, self.adapter = model, adapter
+    Args:
+        model: what is adapted.
+        adapter: open on it.
+        served_j: joules of decoding a batch, for the bucket; ``None``: the batch is scored, and earns what that costs.
+    """
+
+    def __init__(self, model: nn.Module, adapter: RouterAdapter, served_j: float | None) -> None:
+        self.model, self.adapter, self.served_j = model, adapter, served_j
+        adapter.bucket.earns_scoring = served_j is None
 
     def read(self, rows: Tensor, *, learn: bool) -> Reading:
         """Score int64 (B, S), then learn from it if ``learn``."""
-        if not learn:
-            return Reading(scored(self.model, rows), False, "not its turn")
-        step = self.adapter.score_and_learn(rows)
-        verdict = getattr(step, "verdict", None) or ("learned" if step.learned else "skipped")
-        known = {field.name: getattr(step, field.name) for field in fields(step)}
-        facts = {name: float(v) for name, v in known.items() if isinstance(v, (int, float)) and name != "learned"}
-        return Reading(step.sequence_nll, step.learned, str(verdict), step.reason, facts)
+        if learn:
+            step = self.adapter.score_and_learn(rows)
+        else:
+            with self.adapter.frozen():
+                step = self.adapter.score_and_learn(rows)
+        if self.served_j is not None:
+            self.adapter.bucket.earn(self.served_j)
+        facts = {
+            "learning_j_modelled": step.learning_j,
+            "change_norm": step.change_norm,
+            "judged_nats": None if step.judged is None else step.judged.mean,
+            "judged_se": None if step.judged is None else step.judged.se,
+            "kl_max": max(step.kl.values()) if step.kl else None,
+            "shadow_nats": None if step.shadow is None else step.shadow.mean,
+            "lr": self.adapter.lr,
+            "interval": self.adapter.metrics["interval"],
+        }
+        verdict = step.verdict if learn else "not its turn"
+        return Reading(step.sequence_nll, step.learned, verdict, step.reason, facts, step.learning_j > 0)
 
 
-def adapter_of(model: nn.Module, options: dict[str, Any]) -> RouterAdapter:
+def adapter_of(model: nn.Module, options: dict[str, Any], gpu: str | None) -> RouterAdapter:
     """Open an adapter; an option that is a safeguard's goes there, and one that is known nowhere is an error."""
-    own = set(inspect.signature(RouterAdapter).parameters) - {"model"}
-    safeguards = getattr(test_time, "Safeguards", None)
-    guarded = {field.name for field in fields(safeguards)} - own if safeguards is not None else set()
+    own = set(inspect.signature(RouterAdapter).parameters) - {"model", "safeguards", "cost_model"}
+    guarded = {field.name for field in fields(Safeguards)} - own
     if unknown := sorted(set(options) - own - guarded):
         raise SystemExit(f"no option {', '.join(unknown)}; there are {', '.join(sorted(own | guarded))}")
     given = {name: value for name, value in options.items() if name in own}
-    if kept := {name: value for name, value in options.items() if name in guarded}:
-        given["safeguards"] = safeguards(**kept)
-    return RouterAdapter(model, **given)
+    guards = Safeguards(**{name: value for name, value in options.items() if name in guarded})
+    return RouterAdapter(model, safeguards=guards, cost_model=CostModel.prior(gpu), **given)
 
 
 class AllWeights:
-    """Dynamic evaluation: AdamW on every weight after each batch, with float32 masters of weights in half precision.
+    """Dynamic evaluation: every weight learns."""
 
-    Args:
-        model: left as it was by `close`.
-        lr: step size.
-        anchor: factor on the distance from the trained weights after each step.
-    """
-
-    def __init__(self, model: nn.Module, *, lr: float, anchor: float = 1.0) -> None:
-        self.model, self.anchor = model, anchor
-        self.weights = list(model.parameters())
-        self._asked = [weight.requires_grad for weight in self.weights]
-        self.trained = [weight.detach().clone() for weight in self.weights]
-        self.masters = [weight.detach().float().clone() for weight in self.weights]
-        for weight in self.weights:
-            weight.requires_grad_(True)
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=self.weights[0].is_cuda)
+    def __init__(self, model: nn.Module, rival: DynamicEvaluation) -> None:
+        self.model, self.rival = model, rival
 
     def read(self, rows: Tensor, *, learn: bool) -> Reading:
         """Score int64 (B, S), then learn from it if ``learn``."""
         if not learn:
             return Reading(scored(self.model, rows), False, "not its turn")
-        with torch.enable_grad():
-            nll = sequence_nll(self.model(rows, use_cache=False).logits, rows)
-            gradients = torch.autograd.grad(nll.mean() / (rows.shape[1] - 1), self.weights, materialize_grads=True)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient.float()
-        nn.utils.clip_grad_norm_(self.masters, 1.0)
-        self.adamw.step()
-        self.adamw.zero_grad()
-        with torch.no_grad():
-            for weight, master, trained in zip(self.weights, self.masters, self.trained, strict=True):
-                if self.anchor < 1:
-                    master.lerp_(trained.float(), 1 - self.anchor)
-                weight.copy_(master)
-        return Reading(nll.detach(), True, "learned")
-
-    @torch.no_grad()
-    def close(self) -> None:
-        """Put the trained weights back."""
-        for weight, trained, asked in zip(self.weights, self.trained, self._asked, strict=True):
-            weight.copy_(trained)
-            weight.requires_grad_(asked)
+        return Reading(self.rival.score_and_learn(rows), True, "learned", worked=True)
 
 
 @contextlib.contextmanager
 def reader_of(
-    model: nn.Module, learner: str, options: dict[str, Any], all_weights: dict[str, float]
+    model: nn.Module,
+    learner: str,
+    options: dict[str, Any],
+    all_weights: dict[str, float],
+    *,
+    gpu: str | None = None,
+    served_j: float | None = None,
 ) -> Iterator[Reader]:
     """Yield the reader of this name; the model is as it was when the context closes."""
     if learner == "frozen":
         yield Frozen(model)
     elif learner == "adapted":
-        with adapter_of(model, options) as adapter:
-            yield Adapted(model, adapter)
+        with adapter_of(model, options, gpu) as adapter:
+            yield Adapted(model, adapter, served_j)
     else:
-        rival = AllWeights(model, **all_weights)
-        try:
-            yield rival
-        finally:
-            rival.close()
+        with DynamicEvaluation(model, **all_weights) as rival:
+            yield AllWeights(model, rival)
 
 
 @contextlib.contextmanager
 def chosen_experts(model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
-    """Count what the first forward since the last call of the yielded function chose, as if decoded B at a time.
+    """Yield a function that says what the first forward since its last call chose, as if decoded B at a time."""
+    with choices_of(model) as take:
 
-    The first forward of a batch is the one that scores it; judges and the like come after it.
-    """
-    kept: dict[str, Tensor] = {}
+        def said() -> dict[str, float]:
+            chosen = take()
+            return {"distinct_experts": chosen.distinct_experts, "experts_per_token": chosen.experts_per_token}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if kept:
-            return
-        batch = args[0].shape[0]
-        opened, pairs = [], []
-        for decision in collect_routing(module).values():
-            index = decision.expert_index.view(batch, -1, decision.expert_index.shape[-1]).transpose(0, 1).flatten(1)
-            seen = torch.zeros(index.shape[0], decision.num_experts + 1, device=index.device)
-            opened.append(seen.scatter_(1, index, 1.0)[:, :-1].sum(-1).mean())
-            pairs.append(decision.active.float().sum(-1).mean())
-        kept.update(distinct_experts=torch.stack(opened).mean(), experts_per_token=torch.stack(pairs).mean())
-
-    handle = model.register_forward_hook(hook)
-
-    def take() -> dict[str, float]:
-        found = {name: float(value) for name, value in kept.items()}
-        kept.clear()
-        return found
-
-    try:
-        yield take
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def without_fast_weights(model: nn.Module) -> Iterator[None]:
-    """Let the trained routers decide alone while the context is open."""
-    kept = [(module.router, module.router.fast) for _, module in routed_modules(model)]
-    for router, _ in kept:
-        router.fast = None
-    try:
-        yield
-    finally:
-        for router, fast in kept:
-            router.fast = fast
-
-
-@torch.no_grad()
-def agreement(model: nn.Module, rows: Tensor) -> dict[str, Any]:
-    """Compare the decisions of trained and adapted routers on the same text, and whether changed ones were good.
-
-    Each model goes its own way from the first layer on, as it does when it serves; so a difference in layer l comes
-    from its own router and from what the layers before it did.
-
-    Returns:
-        By layer: Jaccard of the chosen sets, KL(slow, fast) in nats, share of tokens whose first choice flipped, and
-        the change of loss on the tokens that flipped there and on the others (adapted minus trained, nats; ``None``
-        without such tokens).
-    """
-    with without_fast_weights(model):
-        slow_nll, slow = _token_nll(model, rows), list(collect_routing(model).values())
-    fast_nll, fast = _token_nll(model, rows), list(collect_routing(model).values())
-    change = (fast_nll - slow_nll).flatten()
-    predicting = torch.ones_like(rows, dtype=torch.bool)
-    predicting[:, -1] = False
-    predicting = predicting.flatten()
-    found: dict[str, list[float | None]] = {
-        name: [] for name in ("jaccard", "kl", "flip_rate", "dnll_flipped", "dnll_same")
-    }
-    for before, after in zip(slow, fast, strict=True):
-        sets = [_members(decision.expert_index, decision.logits.shape[-1]) for decision in (before, after)]
-        union = (sets[0] | sets[1]).sum(-1)
-        jaccard = torch.where(union > 0, (sets[0] & sets[1]).sum(-1) / union.clamp(min=1), 1.0)
-        flipped = before.logits.argmax(-1) != after.logits.argmax(-1)
-        p, q = before.logits.log_softmax(-1), after.logits.log_softmax(-1)
-        found["jaccard"].append(float(jaccard.mean()))
-        found["kl"].append(float((p.exp() * (p - q)).sum(-1).mean()))
-        found["flip_rate"].append(float(flipped.float().mean()))
-        for name, chosen in (("dnll_flipped", flipped[predicting]), ("dnll_same", ~flipped[predicting])):
-            found[name].append(float(change[chosen].mean()) if bool(chosen.any()) else None)
-    return {**found, "dnll": float(change.mean())}
-
-
-def _token_nll(model: nn.Module, rows: Tensor) -> Tensor:
-    logits = model(rows, use_cache=False).logits[:, :-1].float()
-    return logits.logsumexp(-1) - logits.gather(-1, rows[:, 1:].unsqueeze(-1)).squeeze(-1)
-
-
-def _members(index: Tensor, outputs: int) -> Tensor:
-    return torch.zeros(index.shape[0], outputs + 1, dtype=torch.bool, device=index.device).scatter_(1, index, True)[
-        :, :-1
-    ]
+        yield said

@@ -55,7 +55,8 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     counts: dict[str, int] = defaultdict(int)
     for row in rows:
         counts[row["verdict"]] += 1
-    return {"verdicts": dict(counts), "updates": sum(row["learned"] for row in rows)}
+    updates, worked = (sum(row[name] for row in rows) for name in ("learned", "worked"))
+    return {"verdicts": dict(counts), "updates": updates, "worked": worked, "batches": len(rows)}
 
 
 def targets(scores: Scores, orders: list[str]) -> Iterator[tuple[str, bool | None]]:

@@ -30,9 +30,9 @@ from energy_router import install, measured
 from shifting_text import (
     ORDERS,
     SEGMENTS,
+    Adapted,
     Batch,
     Texts,
-    agreement,
     chosen_experts,
     in_order,
     reader_of,
@@ -43,7 +43,10 @@ from stream_scores import WINDOW, Scores, nats, paired, perplexity_of, running, 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from thermoe.adapt.agreement import routing_agreement
 from thermoe.adapt.sensitivity import measure_sensitivity
+from thermoe.compare.decode_cost import DecodeCost, choices_of
+from thermoe.energy.cost_model import CostModel
 from thermoe.moe.layer import routed_modules
 from thermoe.results import RunFolder, weakest_provenance
 from thermoe.runtime import environment_fingerprint
@@ -89,23 +92,44 @@ def find_prices(model: nn.Module, args: argparse.Namespace, rows: Tensor) -> Non
               f"{args.distinct_all:.2f} distinct experts", flush=True)  # fmt: skip
 
 
+def served_j(model: nn.Module, args: argparse.Namespace, texts: Texts) -> float | None:
+    """Return the modelled joules of decoding a batch under the present policy; ``None`` where batches are scored only.
+
+    It is what the bucket of learning earns a share of.
+    """
+    if args.served == "scoring":
+        return None
+    cost, joules = DecodeCost(model, CostModel.prior(args.gpu)), []
+    with choices_of(model) as take:
+        for rows in texts.calibration.split(args.batch):
+            if len(rows) == args.batch:
+                scored(model, rows)
+                joules.append(cost.decode_j(take()))
+    return sum(joules) / len(joules)
+
+
 def read_stream(
     model: nn.Module, args: argparse.Namespace, batches: list[Batch], learner: str, options: dict[str, Any],
-    rival: dict[str, float], agree_every: int = 0,
+    rival: dict[str, float], earned_j: float | None, agree_every: int = 0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Yield a row per batch, in order."""
-    with reader_of(model, learner, options, rival) as reader, chosen_experts(model) as take:
+    """Yield a row per batch, in order; what learns earns ``earned_j`` at each."""
+    with (
+        reader_of(model, learner, options, rival, gpu=args.gpu, served_j=earned_j) as reader,
+        chosen_experts(model) as take,
+    ):
         for at, batch in enumerate(batches):
             compared = None
-            if learner == "adapted" and agree_every and at and at % agree_every == 0:
-                compared = agreement(model, batch.rows)  # before it is learned from
-            take()
+            if isinstance(reader, Adapted) and agree_every and at and at % agree_every == 0:
+                layers = routing_agreement(reader.adapter, [batch.rows])  # before it is learned from
+                compared = {name: layer.as_dict() for name, layer in layers.items()}
+                take()
             found = reader.read(batch.rows, learn=(at + 1) % args.every == 0)
             yield {
                 "segment": batch.segment, "number": batch.number, "at": at,
                 "tokens": batch.rows.numel() - len(batch.rows),
-                "sequence_nll": found.nll.tolist(), "learned": found.learned, "verdict": found.verdict,
-                "reason": found.reason, "facts": found.facts, **take(), "agreement": compared,
+                "sequence_nll": found.nll.tolist(), "learned": found.learned, "worked": found.worked,
+                "verdict": found.verdict, "reason": found.reason, "facts": found.facts, **take(),
+                "agreement": compared,
             }  # fmt: skip
 
 
@@ -117,12 +141,13 @@ def run_grid(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts: 
     table: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for policy in args.grid_policies:
         set_policy(model, args, policy, grouped=True)
-        frozen = list(read_stream(model, args, texts.chosen_on, "frozen", {}, {}))
+        earned_j = served_j(model, args, texts)
+        frozen = list(read_stream(model, args, texts.chosen_on, "frozen", {}, {}, None))
         for (learner, options), order in itertools.product(settings, args.orders):
             given = {**args.adapt, **options} if learner == "adapted" else {}
             rival = {"anchor": args.all_anchor, **options} if learner == "all_weights" else {}
             batches = in_order(texts.chosen_on, order)
-            rows = list(read_stream(model, args, batches, learner, given, rival))
+            rows = list(read_stream(model, args, batches, learner, given, rival, earned_j))
             difference = {segment: paired(rows, frozen, segment)[0] for segment in (*dict(SEGMENTS), "all")}
             row = {
                 "policy": policy, "order": order, "learner": learner, "options": options, "adapt": given,
@@ -149,9 +174,9 @@ def run_stream(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
         for learner in args.learners:
             for order in ORDERS[:1] if learner == "frozen" else args.orders:
                 set_policy(model, args, policy, grouped=True)
-                rows = []
+                rows, earned_j = [], served_j(model, args, texts)
                 batches = in_order(texts.reported, order)
-                for row in read_stream(model, args, batches, learner, args.adapt, rival, args.agree_every):
+                for row in read_stream(model, args, batches, learner, args.adapt, rival, earned_j, args.agree_every):
                     rows.append(row)
                     run.append("batch", policy=policy, learner=learner, order=order, **row)
                 scores[policy, learner, order] = rows
@@ -196,7 +221,8 @@ def run_joules(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
                     what, "frozen"
                 )
                 set_policy(model, args, policy, grouped=not what.startswith("decode"))
-                with reader_of(model, learner, args.adapt, rival) as reader:
+                free = {**args.adapt, "bucket": None}  # every turn works, so that the cost of one can be told
+                with reader_of(model, learner, free, rival, gpu=args.gpu) as reader:
                     if what.startswith("decode"):
                         if learner == "adapted":  # what is decoded with has learned something
                             for batch in batches[:4]:
@@ -207,15 +233,15 @@ def run_joules(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
                         found |= decoder.means()
                     else:
                         turns = itertools.cycle(batches)
-                        done = {"batches": 0, "updates": 0}
+                        done = {"batches": 0, "worked": 0}
 
                         def step(reader=reader, turns=turns, done=done, learn=learner != "frozen") -> None:
-                            done["updates"] += reader.read(next(turns).rows, learn=learn).learned
+                            done["worked"] += reader.read(next(turns).rows, learn=learn).worked
                             done["batches"] += 1
 
                         found = measured(meter, f"{policy} {what}", step, per_batch, args.window_s)
                         # Of all batches since the reader opened, those before the window included.
-                        found["updates_per_batch"] = done["updates"] / done["batches"]
+                        found["worked_per_batch"] = done["worked"] / done["batches"]
                 if args.device.startswith("cuda"):
                     found["memory_peak_bytes"] = torch.cuda.max_memory_allocated(args.device)
                     torch.cuda.reset_peak_memory_stats(args.device)
@@ -223,51 +249,50 @@ def run_joules(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
                            sequence_length=length, **found)  # fmt: skip
                 j = found["j_per_token"]
                 print(f"{policy} {what}: {'no reading' if j is None else f'{1e3 * j:.4f} mJ/token'}, "
-                      f"{found['tokens_per_s'] or math.nan:.0f} tok/s, {found.get('updates_per_batch', 0):.2f} updates "
-                      "per batch", flush=True)  # fmt: skip
+                      f"{found['tokens_per_s'] or math.nan:.0f} tok/s, learning at "
+                      f"{found.get('worked_per_batch', 0):.2f} of the batches", flush=True)  # fmt: skip
     joules_per_token(args, run)
 
 
 def joules_per_token(args: argparse.Namespace, run: RunFolder) -> None:
     """Append rows `total`: joules per token of serving, learning in, from the energy and the segment rows of the run.
 
-    Decoded text is read again to be learned from, so an update costs the whole of scoring + learning there; where the
-    text is scored anyway, what it takes beyond scoring.
+    What learning adds to a batch where it works comes from the measured loop, how often it works from the stream.
+    Decoded text is read again to be learned from, so there a turn costs the scoring too.
     """
-    means: dict[tuple[str, str], dict[str, float | None]] = {}
-    provenances = {row["provenance"] for row in run.rows("energy")}
-    for policy, what in {(row["policy"], row["what"]) for row in run.rows("energy")}:
-        rows = [row for row in run.rows("energy") if (row["policy"], row["what"]) == (policy, what)]
-        values = [row["j_per_token"] for row in rows]
-        known = None if None in values else sum(values) / len(values)
-        means[policy, what] = {"j": known, "updates": rows[0].get("updates_per_batch")}
-    cadence = {(row["policy"], row["learner"], row["order"]): (row["updates"], row["tokens"])
-               for row in run.rows("segment") if row["segment"] == "all"}  # fmt: skip
+    energy = list(run.rows("energy"))
+    means: dict[tuple[str, str], tuple[float | None, float | None]] = {}
+    for key in {(row["policy"], row["what"]) for row in energy}:
+        rows = [row for row in energy if (row["policy"], row["what"]) == key]
+        joules = [row["j_per_token"] for row in rows]
+        worked = [row.get("worked_per_batch") for row in rows]
+        means[key] = (None if None in joules else sum(joules) / len(joules),
+                      None if None in worked else sum(worked) / len(worked))  # fmt: skip
+    provenance = weakest_provenance(row["provenance"] for row in energy)
     run.drop_rows(lambda row: row["kind"] == "total")
-    for (policy, learner, order), (updates, tokens) in sorted(cadence.items()):
-        learn = {"adapted": "learn", "all_weights": "learn_all", "frozen": None}[learner]
-        decode = means.get((policy, "decode_adapted" if learner == "adapted" else "decode"), {}).get("j")
-        score, whole = means.get((policy, "score"), {}).get("j"), means.get((policy, learn or ""), {})
-        length = args.batch * (args.seq - 1)
-        row: dict[str, Any] = {"policy": policy, "learner": learner, "order": order, "decode_j_per_token": decode,
-                               "score_j_per_token": score, "updates_per_batch": updates * length / tokens}  # fmt: skip
-        if learn is None:
-            row |= {"decode_total_j_per_token": decode, "score_total_j_per_token": score}
-        elif None not in (decode, score, whole.get("j")):
-            # Every turn of learning in the measured loop is paid, an update or not; the stream had as many turns.
-            turns = 1 / args.every
-            row |= {"decode_total_j_per_token": decode + whole["j"] * turns,
-                    "score_total_j_per_token": score + (whole["j"] - score) * turns,
-                    "measured_updates_per_batch": whole["updates"]}  # fmt: skip
-        else:
-            row |= {"decode_total_j_per_token": None, "score_total_j_per_token": None,
-                    "reason": "decoding, scoring or learning was not measured"}  # fmt: skip
-        known = row["decode_total_j_per_token"] is not None
-        run.append("total", provenance=weakest_provenance(provenances) if known else None, **row)
-        shown = [row[name] for name in ("decode_j_per_token", "decode_total_j_per_token", "score_total_j_per_token")]
+    for row in [row for row in run.rows("segment") if row["segment"] == "all"]:
+        policy, learner = row["policy"], row["learner"]
+        what = {"adapted": "learn", "all_weights": "learn_all"}.get(learner)
+        decode = means.get((policy, "decode_adapted" if learner == "adapted" else "decode"), (None, None))[0]
+        score, often = means.get((policy, "score"), (None, None))[0], row["worked"] / row["batches"]
+        total = {"decode_j_per_token": decode, "score_j_per_token": score, "worked_per_batch": often}
+        turn: float | None = 0.0
+        if what is not None:
+            joules, worked = means.get((policy, what), (None, None))
+            turn = (joules - score) / worked if None not in (joules, score) and worked else None
+        known = None not in (decode, score, turn)
+        total |= {
+            "learning_j_per_learned_token": turn,  # beyond scoring
+            "decode_total_j_per_token": decode + (turn + score * (what is not None)) * often if known else None,
+            "score_total_j_per_token": score + turn * often if known else None,
+            "provenance": provenance if known else None,
+            "reason": None if known else "decoding, scoring or learning was not measured, or learning never worked",
+        }
+        run.append("total", policy=policy, learner=learner, order=row["order"], **total)
         print(
-            f"{policy} {learner} {order}: decode {_mj(shown[0])}, with learning {_mj(shown[1])}; "
-            f"scoring with learning {_mj(shown[2])} mJ/token; {row['updates_per_batch']:.2f} updates per batch"
+            f"{policy} {learner} {row['order']}: decode {_mj(decode)}, with learning "
+            f"{_mj(total['decode_total_j_per_token'])}; scoring {_mj(score)}, with learning "
+            f"{_mj(total['score_total_j_per_token'])} mJ/token; learning at {often:.2f} of the batches"
         )
 
 
@@ -288,7 +313,7 @@ def _value(text: str) -> Any:
     if text.startswith("["):
         return [_value(part.strip()) for part in text.strip("[]").split(",")]
     try:
-        return json.loads(text)
+        return json.loads({"none": "null", "None": "null"}.get(text, text))
     except ValueError:
         return text
 
@@ -313,6 +338,8 @@ def main() -> None:
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=LEARNERS)
     parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=ORDERS)
     parser.add_argument("--adapt", nargs="+", type=option, default=[], metavar="NAME=VALUE")
+    parser.add_argument("--served", choices=("decode", "scoring"), default="decode",
+                        help="what the bucket earns a share of: decoding the batches, or scoring them")  # fmt: skip
     parser.add_argument("--every", type=int, default=1, help="batches from one turn of learning to the next")
     parser.add_argument("--all-lr", type=float, default=1e-5, help="of the rival that learns all weights")
     parser.add_argument("--all-anchor", type=float, default=1.0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.sensitivity import measure_sensitivity
@@ -67,7 +67,7 @@ def stream_of(spec: ShiftSpec, texts: ShiftTexts, order: str) -> list[tuple[str,
     return batches if order == ORDERS[0] else sorted(batches, key=lambda batch: batch[1])
 
 
-def train_model(spec: ShiftSpec, seed: int, texts: ShiftTexts) -> tuple[nn.Module, float]:
+def train_model(spec: ShiftSpec, seed: int, texts: ShiftTexts) -> tuple[PreTrainedModel, float]:
     """Train the model of a seed on prose and Python; returns it with its last training loss."""
     torch.manual_seed(seed)
     model = build_frame(
@@ -232,7 +232,7 @@ def train_and_save(spec: ShiftSpec, seed: int, texts: ShiftTexts, folder: Path) 
     """Train the model of a seed into ``folder``; returns what a run folder keeps of it."""
     model, loss = train_model(spec, seed, texts)
     calibrated = calibrate(spec, model, texts.calibration)
-    save_whole(folder, model.save_pretrained)  # type: ignore[arg-type]
+    save_whole(folder, model.save_pretrained)
     return {"train_loss": loss, "parameters": sum(p.numel() for p in model.parameters()), **calibrated}
 
 

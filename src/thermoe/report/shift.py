@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from thermoe.report.figures import RenderedFigure
@@ -61,36 +63,46 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw_shift_stream(data: RunData, theme: Theme) -> Figure | None:
-    """Loss above frozen over the stream, in both orders."""
+    """Loss over the stream, and below it the loss above frozen in both orders; all smoothed."""
     orders = [o for o in orders_of(data) if any(gaps_of(data, arm.name, o)[0] for arm in data.arms[1:])]
     if not orders:
         return None
-    figure = Figure(figsize=(WIDTH_IN, 3.2 * len(orders) + 1.0), layout="constrained")
-    panels = figure.subplots(len(orders), 1, squeeze=False)[:, 0]
-    for axes, order in zip(panels, orders, strict=True):
+    first = orders_of(data)[0]
+    figure = Figure(figsize=(WIDTH_IN, 2.9 * (len(orders) + 1) + 1.0), layout="constrained")
+    panels = figure.subplots(len(orders) + 1, 1)
+    for axes, order in zip(panels, [first, *orders], strict=True):
         for arm in data.arms:
-            learned = bool(data.of("batch", arm=arm.name, order=order))
-            x, y = gaps_of(data, arm.name, order if learned else orders_of(data)[0])
-            if x and (learned or order == orders_of(data)[0]):
-                style = arm_style(data, arm.name, theme)
-                axes.plot(x, y, color=style.color, ls=style.dash, label=arm.title)
+            if not data.of("batch", arm=arm.name, order=order):
+                continue  # what learns nothing is drawn once
+            if axes is panels[0]:
+                spots = sorted(batch_losses(data, arm.name, order).values())
+                x, y = [at for at, _ in spots], smoothed([nll for _, nll in spots])
+            else:
+                x, y = gaps_of(data, arm.name, order)
+            style = arm_style(data, arm.name, theme)
+            axes.plot(x, y, color=style.color, ls=style.dash, label=arm.title)
+        if order == first:
+            _mark_segments(axes, data, theme, labelled=axes is panels[0])
+        if axes is panels[0]:
+            axes.set_ylabel("Loss (nats per token)\nlower is better")
+            continue
         axes.axhline(0, color=theme.quiet, lw=0.9)
-        if order == orders_of(data)[0]:
-            _mark_segments(axes, data, theme)
-        axes.set_title("Segment after segment" if order == orders_of(data)[0] else "Interleaved batch by batch", pad=18)
+        axes.set_title("Segment after segment" if order == first else "Interleaved batch by batch")
         axes.set_ylabel("Above frozen\n(nats per token)")
     panels[-1].set_xlabel("Batches of the stream scored so far")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def _mark_segments(axes: Any, data: RunData, theme: Theme) -> None:
+def _mark_segments(axes: Any, data: RunData, theme: Theme, *, labelled: bool) -> None:
     places: dict[str, list[float]] = {}
     for (segment, _), (at, _) in batch_losses(data, data.arms[0].name, orders_of(data)[0]).items():
         places.setdefault(segment, []).append(at)
     for i, (segment, found) in enumerate(places.items()):
         low, high = min(found) - 0.5, max(found) + 0.5
         axes.axvspan(low, high, color=theme.shade[i % len(theme.shade)], lw=0, zorder=0)
+        if not labelled:
+            continue
         transform = axes.get_xaxis_transform()
         axes.text((low + high) / 2, 1.01, segment, transform=transform, ha="center", va="bottom", fontsize=9.5)
 
@@ -160,6 +172,7 @@ def shift_rows(data: RunData) -> list[dict[str, Any]]:
                     "title": arm.title,
                     "ppl": [plain(entry(row, "ppl", segment), 4) for segment in segments_of(data)],
                     "gaps": [_gap(entry(row, "to_frozen", segment)) for segment in (*segments_of(data), "all")],
+                    "whole": _percent_of_perplexity(entry(row, "to_frozen", "all", "value")),
                     "joules": NOT_MEASURED if joules is None else plain(1e6 * joules),
                     "learning": percent(row.get("learning_frac")) if row.get("learning_frac") else "0",
                     "distinct": plain(row.get("distinct_experts")),
@@ -179,6 +192,11 @@ def _gap(estimate: Any) -> str:
     if value is None:
         return NOT_MEASURED
     return f"{_signed(value, 4)} ({_signed(low, 4)} to {_signed(high, 4)})"
+
+
+def _percent_of_perplexity(nats: Any) -> str:
+    found = number(nats)
+    return NOT_MEASURED if found is None else f"{_signed(100 * math.expm1(min(found, 700.0)), 2)} %"
 
 
 def render_shift_html(data: RunData, figures: list[RenderedFigure], parts: dict[str, Any]) -> str:
@@ -213,21 +231,22 @@ def render_shift_html(data: RunData, figures: list[RenderedFigure], parts: dict[
 
 
 def shift_table(data: RunData) -> Table:
-    """Return the study as a table for the terminal."""
-    title = "Perplexity by segment, and the whole stream against frozen (nats per token, 95 % interval)"
-    table = Table(title=title if data.finished else f"{title} (unfinished)", box=box.HORIZONTALS, title_justify="left")
-    table.add_column("Order")
-    table.add_column("Arm")
+    """Return the study as a table for the terminal: perplexity by segment, of the whole against frozen, and joules."""
+    title = "Perplexity by segment, and that of the whole stream against frozen"
+    table = Table(title=title if data.finished else f"{title} (unfinished)", box=box.HORIZONTALS, padding=(0, 0, 0, 1))
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("Arm", min_width=18)
     for segment in segments_of(data):
-        table.add_column(segment, justify="right")
-    for name in ("Against frozen", "µJ/token\nmodelled", "of it\nlearning", "Distinct\nexperts", "Worst\nwindow"):
-        table.add_column(name, justify="right")
+        table.add_column(segment.replace("-", "\n"), justify="right")
+    for name in ("Whole", "µJ per\ntoken", "Learn-\ning"):
+        table.add_column(name, justify="right", no_wrap=True)
     before = None
     for row in shift_rows(data):
-        if before not in (None, row["order"]):
-            table.add_section()
-        order = row["order"] if row["order"] != before else ""
-        cells = (row["gaps"][-1], row["joules"], row["learning"], row["distinct"], row["worst"])
-        table.add_row(order, row["title"], *row["ppl"], *cells)
+        if row["order"] != before:
+            if before is not None:
+                table.add_section()
+            table.add_row(f"[bold]{row['order']}[/bold]")
         before = row["order"]
+        table.add_row(escape(row["title"]), *row["ppl"], row["whole"], row["joules"], row["learning"])
+    table.caption = f"µJ per token: {data.modelled_label() or NOT_MEASURED}, decoding side by side, learning inside."
     return table
