@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt.learning_work import LearningKind
-from thermoe.adapt.reading import HeldRows, HeldText, token_nll
+from thermoe.adapt.reading import HeldRows, rows_interact, token_nll
 from thermoe.adapt.safeguards import NOISY_SE, Paired, Safeguards, Verdict, judge
 from thermoe.adapt.stream_state import Learned, StreamState, copy_of, write
 from thermoe.adapt.update import Live
@@ -24,8 +24,8 @@ from thermoe.moe.layer import routed_modules
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
 
-#: Tokens on which the shadow looks at both routers.
-SHADOW_TOKENS = 512
+#: Tokens of a batch on which the shadow looks at both routers.
+SHADOW_TOKENS = 1024
 #: Joules per token that an update may add on held-back text: states are compared at the same cost.
 COST_TOLERANCE = 0.05
 
@@ -77,12 +77,41 @@ def in_state(live: Live, learned: Learned) -> Iterator[None]:
 
 
 @torch.no_grad()
-def held_nll(live: Live, rows: HeldRows, kind: LearningKind) -> tuple[Tensor, float]:
-    """Return the nats (N,) of the tokens that count in ``rows``, and the modelled joules of the forward."""
-    with live.account.forward(kind, rows.forward_tokens) as paid:
-        nll, _ = token_nll(live.model, rows.input_ids, rows.mask)
-    assert paid.energy_j is not None
-    return nll[rows.counted.to(nll.device)].detach(), paid.energy_j
+def held_nll(live: Live, rows: Sequence[HeldRows], kind: LearningKind) -> tuple[list[Tensor], float]:
+    """Return the nats (N,) of the tokens that count, for each of ``rows``, and the modelled joules of the forwards.
+
+    Rows of one length share a forward, which opens every expert once, unless rows in a forward interact.
+    """
+    together = not rows_interact(live.routers())
+    groups: dict[int, list[int]] = {}
+    for place, one in enumerate(rows):
+        groups.setdefault(one.input_ids.shape[1] if together else place, []).append(place)
+    found: list[Tensor | None] = [None] * len(rows)
+    energy_j = 0.0
+    for places in groups.values():
+        ids = torch.cat([rows[i].input_ids for i in places])
+        masks = [rows[i].mask for i in places]
+        mask = None
+        if any(one is not None for one in masks):
+            mask = torch.cat(
+                [torch.ones_like(rows[i].input_ids).bool() if (m := rows[i].mask) is None else m for i in places]
+            )
+        with live.account.forward(kind, sum(rows[i].forward_tokens for i in places)) as paid:
+            nll, _ = token_nll(live.model, ids, mask)
+        assert paid.energy_j is not None
+        energy_j += paid.energy_j
+        for i, part in zip(places, nll.split([len(rows[i].input_ids) for i in places]), strict=True):
+            found[i] = part[rows[i].counted.to(nll.device)].detach()
+    return [one for one in found if one is not None], energy_j
+
+
+def forwards_bound_j(live: Live, rows: Sequence[HeldRows], states: int) -> float:
+    """Return the most joules that so many states can cost on these rows."""
+    if not rows:
+        return 0.0
+    apart = len(rows) if rows_interact(live.routers()) else len({one.input_ids.shape[1] for one in rows})
+    tokens = sum(one.forward_tokens for one in rows)
+    return live.account.costs.bound_j(states * tokens, forwards=states * apart)
 
 
 def judge_rows(state: StreamState, safeguards: Safeguards) -> tuple[list[HeldRows], list[HeldRows]]:
@@ -98,14 +127,6 @@ def judge_rows(state: StreamState, safeguards: Safeguards) -> tuple[list[HeldRow
         fresh.append(rows)
         held += rows.tokens if rows.evidence else 0
     return fresh[::-1], state.held.before(state.mark, safeguards.judge_tokens)
-
-
-def judge_bound_j(live: Live, fresh: Sequence[HeldRows], earlier: Sequence[HeldRows]) -> float:
-    """Return the most joules that judging these rows can cost: two forwards for each."""
-    rows = [*fresh, *earlier]
-    if not rows:
-        return 0.0
-    return live.account.costs.bound_j(2 * sum(one.forward_tokens for one in rows), forwards=2 * len(rows))
 
 
 def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) -> Judged:
@@ -126,57 +147,63 @@ def judge_update(live: Live, state: StreamState, known: Mapping[int, Tensor]) ->
     if verdict == "deferred" and noisy and guards.judge_tokens_most > guards.judge_tokens:
         wider = state.held.before(state.mark, guards.judge_tokens_most)
         more = [rows for rows in wider if rows not in earlier]
-        if more and live.account.bucket.allows(judge_bound_j(live, [], more)):
-            sides |= _differences(live, state.base, more, known)
+        if more and live.account.bucket.allows(forwards_bound_j(live, more, 2)):
+            sides += _differences(live, state.base, more, known)
             verdict, reason, pooled, old = _weigh(sides, fresh, wider, guards)
-    both = [(after, before) for _, after, before in sides.values() if before is not None]
-    ratio = sum(after for after, _ in both) / sum(before for _, before in both) if both else None
+    ratio = sides.cost_ratio
     if verdict == "accepted" and ratio is not None and ratio > 1 + COST_TOLERANCE:
         verdict, reason = "rejected", f"it costs {100 * (ratio - 1):.1f} % more joules per token on held-back text"
     return Judged(verdict, reason, pooled, old, ratio)
 
 
-_Sides = dict[int, tuple[Tensor, float, float | None]]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sides:
+    """Differences (N,) by batch number, after minus before, and joules of the rows on which both states ran."""
+
+    differences: dict[int, Tensor]
+    after_j: float
+    before_j: float
+
+    def __add__(self, other: _Sides) -> _Sides:
+        together = self.differences | other.differences
+        return _Sides(together, self.after_j + other.after_j, self.before_j + other.before_j)
+
+    @property
+    def cost_ratio(self) -> float | None:
+        return self.after_j / self.before_j if self.before_j else None
 
 
 def _differences(live: Live, base: Learned, rows: Sequence[HeldRows], known: Mapping[int, Tensor]) -> _Sides:
-    """Return, by batch number, after minus before, joules after, and joules before where that ran."""
-    after = {one.batch: held_nll(live, one, "judge") for one in rows}
-    before: dict[int, tuple[Tensor, float]] = {}
-    unknown = [one for one in rows if one.batch not in known]
-    if unknown:
-        with in_state(live, base):
-            before = {one.batch: held_nll(live, one, "judge") for one in unknown}
-    found: _Sides = {}
-    for batch, (nll, energy_j) in after.items():
-        if batch in before:
-            found[batch] = nll - before[batch][0], energy_j, before[batch][1]
-        else:
-            found[batch] = nll - known[batch], energy_j, None
-    return found
+    old, new = [one for one in rows if one.batch not in known], [one for one in rows if one.batch in known]
+    after_old, after_j = held_nll(live, old, "judge")
+    after_new, _ = held_nll(live, new, "judge")
+    with in_state(live, base):
+        before, before_j = held_nll(live, old, "judge")
+    found = {one.batch: a - b for one, a, b in zip(old, after_old, before, strict=True)}
+    found |= {one.batch: a - known[one.batch] for one, a in zip(new, after_new, strict=True)}
+    return _Sides(found, after_j, before_j)
 
 
 def _weigh(
     sides: _Sides, fresh: Sequence[HeldRows], earlier: Sequence[HeldRows], guards: Safeguards
 ) -> tuple[Verdict, str, Paired | None, Paired | None]:
-    old = [sides[rows.batch][0] for rows in earlier]
-    new = [sides[rows.batch][0] for rows in fresh]
+    old = [sides.differences[rows.batch] for rows in earlier]
+    new = [sides.differences[rows.batch] for rows in fresh]
     pooled = Paired.of(torch.cat([*old, *new])) if old or new else None
     before = Paired.of(torch.cat(old)) if old else None
     verdict, reason = judge(pooled, before, enough=guards.judge_tokens, most=guards.judge_tokens_most)
     return verdict, reason, pooled, before
 
 
-def shadow_rows(held: HeldText) -> list[HeldRows]:
-    """Return the rows of a shadow: the latest that are evidence, so many tokens; without any, the last."""
-    if not held.rows:
-        return []
-    return held.before(held.rows[-1].batch, SHADOW_TOKENS) or [held.rows[-1]]
+def shadow(live: Live, rows: HeldRows, known: Tensor | None) -> Paired | None:
+    """Return how much worse the adapted routers are than the trained ones, in nats per token.
 
-
-def shadow(live: Live, rows: Sequence[HeldRows]) -> Paired | None:
-    """Return how much worse the adapted routers are than the trained ones, in nats per token."""
-    adapted = [held_nll(live, one, "shadow")[0] for one in rows]
+    Args:
+        live: the adapter's parts, in the state that scored the batch.
+        rows: of that batch; it was scored before anything was learned from it, so that all of it judges.
+        known: the nats (N,) of their counted tokens, where the scoring forward is one to compare with.
+    """
+    adapted = held_nll(live, [rows], "shadow")[0][0] if known is None else known
     with without_fast(live.model, live.fast):
-        trained = [held_nll(live, one, "shadow")[0] for one in rows]
-    return Paired.of(torch.cat(adapted) - torch.cat(trained)) if adapted else None
+        trained = held_nll(live, [rows], "shadow")[0][0]
+    return Paired.of(adapted - trained)

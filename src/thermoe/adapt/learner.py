@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thermoe.adapt.adapter_settings import chosen_layers
 from thermoe.adapt.fast_optimizer import FastOptimizer
-from thermoe.adapt.judging import Judged, judge_bound_j, judge_rows, judge_update, shadow, shadow_rows
+from thermoe.adapt.judging import SHADOW_TOKENS, Judged, forwards_bound_j, judge_rows, judge_update, shadow
 from thermoe.adapt.learning_bucket import Cadence
 from thermoe.adapt.learning_report import AdaptStep
 from thermoe.adapt.objectives import LearnBatch
@@ -29,6 +29,7 @@ from thermoe.adapt.reading import (
     inside_percentiles,
     record_inputs,
     rows_interact,
+    some_rows,
     token_nll,
 )
 from thermoe.adapt.safeguards import (
@@ -37,6 +38,7 @@ from thermoe.adapt.safeguards import (
     COOL_DOWN,
     OFTEN,
     REJECTS_TO_RESET,
+    Paired,
     cusum,
 )
 from thermoe.adapt.stream_state import Learned, StreamState
@@ -113,7 +115,7 @@ class Learner:
         live, state, ledger = self.live, self.state, self.live.account.ledger
         state.batches += 1
         self._start_j = ledger.energy_j
-        step = self._shadowed(self._read(batch))
+        step = self._read(batch)
         learning_j = ledger.energy_j - self._start_j
         state.waiting_j += learning_j
         state.skipped += step.verdict == "skipped"
@@ -139,12 +141,20 @@ class Learner:
         mean_nll = float(scored.sequence_nll.double().sum()) / predicted
         if not math.isfinite(mean_nll):
             return self._reset(scored, "the loss is not finite")
-        state.cadence.note_score(mean_nll)
+        guessing = math.log(vocabulary)
+        changed = mean_nll < guessing and state.cadence.note_score(mean_nll)
+        if changed:  # what was found out on other text says little of this one
+            state.held.first, state.cool_until, state.rejects_in_row = state.batches, 0, 0
         if bool(scored.counted.any()):
             # Text that is read no better than by guessing is no evidence of anything.
-            evidence = float(nll.detach()[scored.counted].mean()) < math.log(vocabulary)
+            evidence = float(nll.detach()[scored.counted].mean()) < guessing
             state.held.add(self._held_rows(batch, scored.counted, evidence=evidence))
-        return self._learn(scored) if why_not is None else scored.step(why_not)
+        found = self._shadow(scored, changed)
+        if found is not None and found[1]:
+            state.cadence.note_shift("the trained routers had become the better ones")
+            return replace(self._reset(scored, f"the trained routers are better: {found[0]}"), shadow=found[0])
+        step = self._learn(scored) if why_not is None else scored.step(why_not)
+        return step if found is None else replace(step, shadow=found[0])
 
     def _scored(
         self, batch: Batch, nll: Tensor, counted: Tensor, weights: Tensor, seen: Mapping[str, RouterInput]
@@ -174,7 +184,9 @@ class Learner:
             fresh, earlier = judge_rows(state, guards)
             fresh = [*fresh, self._held_rows(batch, counted, evidence=True)]
             if sum(one.tokens for one in fresh) >= max(guards.judge_tokens, state.judge_at):
-                most_j += judge_bound_j(live, fresh, earlier)
+                most_j += forwards_bound_j(live, [*fresh, *earlier], 2)
+        if guards.shadow:  # an update leaves enough for a look at what it led to
+            most_j += self._shadow_bound_j(batch)
         bucket = live.account.bucket
         if not bucket.allows(most_j):
             return f"no credit: an update may cost {most_j:.3g} J, and the bucket holds {bucket.level_j or 0:.3g} J"
@@ -274,30 +286,33 @@ class Learner:
             step = replace(step, reason=reason)
         return step
 
-    def _shadowed(self, step: AdaptStep) -> AdaptStep:
-        """Score the trained routers beside the adapted ones where that is due."""
+    def _shadow_bound_j(self, batch: Batch) -> float:
+        rows, length = batch.input_ids.shape
+        tokens = min(rows, -(-SHADOW_TOKENS // (length - 1))) * length
+        return self.live.account.costs.bound_j(2 * tokens, forwards=2)
+
+    def _shadow(self, scored: _Scored, changed: bool) -> tuple[Paired | None, bool] | None:
+        """Score the trained routers beside the adapted ones where that is due; return what was found, and the alarm."""
         live, state, guards = self.live, self.state, self.live.safeguards
-        since, bucket = state.batches - state.shadow_batch, live.account.bucket
-        if not guards.shadow or since < min(OFTEN, guards.shadow_every) or not self.is_moved():
-            return step
-        rows = shadow_rows(state.held)
-        if not rows or bucket.frac == 0:
-            return step
-        most_j = live.account.costs.bound_j(2 * sum(one.forward_tokens for one in rows), forwards=2 * len(rows))
+        bucket, batch = live.account.bucket, scored.batch
+        often = min(OFTEN, guards.shadow_every)
+        since = state.batches - state.shadow_batch
+        if not guards.shadow or not (changed or since >= often) or not self.is_moved():
+            return None
+        most_j = self._shadow_bound_j(batch)
         cheap = bucket.frac is None or most_j <= CHEAP_FRAC * (bucket.level_j or 0.0)
-        if not cheap and (since < guards.shadow_every or not bucket.allows(most_j)):
-            return step
-        found = shadow(live, rows)
+        due = changed or cheap or state.cusum > 0 or since >= guards.shadow_every
+        if not due or not bucket.allows(most_j):
+            return None
+        chosen = some_rows(batch, SHADOW_TOKENS, f"{self.settings.seed}/{self.name}/{state.batches}/shadow")
+        counted = scored.real & chosen.to(scored.real.device).unsqueeze(-1)
+        alone = not rows_interact(live.routers())
+        known = scored.nll.detach()[counted] if alone else None
+        found = shadow(live, self._held_rows(batch, counted, evidence=True), known)
         state.shadows += 1
         state.shadow_batch, state.shadow_nats = state.batches, None if found is None else found.mean
         state.cusum, alarm = cusum(state.cusum, found)
-        if not alarm:
-            return replace(step, shadow=found)
-        self.reset()
-        state.resets += 1
-        state.cadence.note_shift("the trained routers had become the better ones")
-        reason = f"the trained routers are better: {found}; the fast weights were reset"
-        return replace(step, shadow=found, learned=False, change_norm=0.0, kl=None, verdict="reset", reason=reason)
+        return found, alarm
 
     def is_moved(self) -> bool:
         """Whether any fast weight is not 0."""

@@ -162,11 +162,9 @@ class Cadence:
             self._set(self.interval // 2, "updates pay again")
 
     def note_score(self, nll: float) -> bool:
-        """Note the mean nats per token of a batch, and return whether it is a shift."""
-        shifted = self.scores >= SHIFT_AFTER and nll - self.mean_nll > SHIFT_SD * max(
-            math.sqrt(self.var_nll), 1e-3 * abs(self.mean_nll)
-        )
-        if shifted:
+        """Note the mean nats per token of a batch, and return whether the text changed: the loss jumped, up or down."""
+        noise = max(math.sqrt(self.var_nll), 1e-3 * abs(self.mean_nll))
+        if self.scores >= SHIFT_AFTER and abs(nll - self.mean_nll) > SHIFT_SD * noise:
             self.scores, self.mean_nll, self.var_nll = 1, nll, 0.0
             self.note_shift("the loss of the text jumped")
             return True

@@ -142,10 +142,15 @@ def hold_back(batch: Batch, frac: float, seed: str) -> Tensor:
 
 
 class HeldText:
-    """The latest held-back rows, so many tokens of them."""
+    """The latest held-back rows, so many tokens of them.
+
+    Attributes:
+        first: number of the batch at which the text last changed: rows of before are of another text.
+    """
 
     def __init__(self, most_tokens: int) -> None:
         self.most_tokens = most_tokens
+        self.first = 0
         self.rows: deque[HeldRows] = deque()
 
     def add(self, rows: HeldRows) -> None:
@@ -168,7 +173,7 @@ class HeldText:
         """Return the latest rows that are evidence up to the batch numbered ``batch``, so many tokens, in order."""
         found: list[HeldRows] = []
         for rows in reversed(self.rows):
-            if rows.evidence and rows.batch <= batch and sum(one.tokens for one in found) < tokens:
+            if rows.evidence and self.first <= rows.batch <= batch and sum(one.tokens for one in found) < tokens:
                 found.insert(0, rows)
         return found
 
@@ -190,6 +195,17 @@ def token_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tuple
     targets = input_ids[:, 1:].to(logits.device)
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none")
     return nll.view(input_ids.shape[0], -1), logits.shape[-1]
+
+
+def some_rows(batch: Batch, tokens: int, seed: str) -> Tensor:
+    """Return bool (B,): rows drawn by ``seed`` until they have so many predicted tokens, at least one that has any."""
+    chosen = torch.zeros(batch.real.shape[0], dtype=torch.bool)
+    counts, found = batch.real.sum(-1).tolist(), 0
+    for row in random.Random(seed).sample(range(len(counts)), len(counts)):
+        if found < tokens and counts[row]:
+            chosen[row] = True
+            found += counts[row]
+    return chosen
 
 
 def rows_interact(routers: Iterable[nn.Module]) -> bool:

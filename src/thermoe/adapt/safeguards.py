@@ -55,7 +55,8 @@ class Safeguards:
         judge_tokens: held-back tokens for a verdict.
         judge_tokens_most: as many are kept, and looked at where fewer are too noisy.
         shadow: score the trained routers beside the adapted ones now and then, and reset where these are worse.
-        shadow_every: batches from one shadow to the next; every 4th where the bucket can well afford it.
+        shadow_every: batches from one shadow to the next; every 4th where the bucket can well afford it or the last one
+            was no good sign, and at once where the text changes.
         diversity: reset where the effective number of experts is below this share of the trained router's; ``None``
             is no floor.
 
@@ -175,8 +176,14 @@ class Paired:
 
     @property
     def surely_worse(self) -> bool:
-        """Whether the mean is above 0 beyond its noise."""
-        return self.se is not None and self.mean - SURE * self.se > 0
+        """Whether the mean is above 0 beyond its noise, which few blocks know badly themselves.
+
+        1.64 standard errors, widened to the 95 % point of Student's t; with fewer than four blocks never.
+        """
+        freedom = round(self.tokens / BLOCK) - 1
+        if self.se is None or freedom < 3:
+            return False
+        return self.mean > (SURE + 1.52 / freedom + 1.4 / freedom**2) * self.se
 
     @property
     def harmful(self) -> bool:

@@ -152,6 +152,7 @@ class StreamState:
         return {
             **{name: getattr(self, name) for name in PLAIN},
             "cadence": self.cadence.state_dict(),
+            "first": self.held.first,
             "held": [{key: getattr(rows, key) for key in HELD} for rows in self.held.rows],
             "base": None if self.base is None else self.base.as_dict(),
             "parked": None if self.parked is None else self.parked.as_dict(),
@@ -164,6 +165,7 @@ class StreamState:
         made = cls(held, Cadence.from_state(state["cadence"], min_gain_per_j))
         for name in PLAIN:
             setattr(made, name, state[name])
+        held.first = state["first"]
         held.rows.extend(HeldRows(**rows) for rows in state["held"])
         made.base, made.parked = (None if state[k] is None else Learned(**state[k]) for k in ("base", "parked"))
         if state["chunk"] is not None:

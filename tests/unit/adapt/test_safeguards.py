@@ -145,7 +145,9 @@ def _paired(mean: float, se: float | None = 0.001, tokens: int = 1024) -> Paired
         (_paired(-0.05, 0.02), None, "accepted"),
         (_paired(-0.05, None), None, "deferred"),
         (_paired(-0.05, 0.001, 999), None, "deferred"),
-        (_paired(0.05, 0.001, 300), None, "rejected"),
+        (_paired(0.05, 0.001, 300), None, "deferred"),
+        (_paired(0.05, 0.001, 512), None, "rejected"),
+        (_paired(0.0023, 0.001, 512), None, "deferred"),
         (_paired(-0.05), _paired(0.012), "rejected"),
         (_paired(-0.05), _paired(0.005), "accepted"),
         (None, None, "deferred"),
@@ -195,9 +197,9 @@ def test_s3_nonsense_would_have_passed_by_its_own_rows() -> None:
             adapter.score_and_learn(NONSENSE)
         rows = adapter._learner.state.held.rows[-1]
         assert not rows.evidence
-        adapted, _ = held_nll(adapter._learner.live, rows, "judge")
+        (adapted,), _ = held_nll(adapter._learner.live, [rows], "judge")
         with adapter.slow():
-            trained, _ = held_nll(adapter._learner.live, rows, "judge")
+            (trained,), _ = held_nll(adapter._learner.live, [rows], "judge")
     assert adapted.mean() < trained.mean()
     assert trained.mean() > math.log(97)
 
@@ -313,7 +315,7 @@ def test_s4_the_shadow_resets_what_has_become_worse() -> None:
         steps = [adapter.score_and_learn(batch) for batch in batches("prose", 4, start=4)]
         assert steps[-1].verdict == "reset" and "trained routers are better" in (steps[-1].reason or "")
         assert adapter.resets == 1 and all((p == 0).all() for p in adapter.parameters())
-        assert adapter.ledger.counts["shadow"] >= 4
+        assert adapter.ledger.counts["shadow"] == 2, "the scoring forward is the adapted side"
 
 
 def test_s4_routers_that_have_not_moved_have_no_shadow() -> None:
@@ -497,3 +499,43 @@ def test_settings_outside_their_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         Safeguards(**wrong)
     assert error.value.where == f"adapt.{next(iter(wrong))}" and error.value.accepted and error.value.fix
+
+
+def test_s4_a_change_of_text_calls_the_shadow_at_once_and_ends_a_rest() -> None:
+    model = trained_model()
+    guards = Safeguards(judge=False, shadow_every=100)
+    with _adapter(model, guards, bucket=0.3) as adapter:
+        steps = [adapter.score_and_learn(batch) for batch in batches("prose", 12)]
+        state = adapter._learner.state
+        state.cool_until, state.rejects_in_row = 100, 2
+        seen = [adapter.score_and_learn(batch) for batch in batches("code", 1)]
+        assert seen[0].shadow is not None, "an update leaves the joules for it"
+        assert state.cool_until == 0 and state.rejects_in_row == 0 and state.held.first == 13
+        assert not state.held.before(12, 1000), "held-back prose judges no code"
+        assert sum(step.shadow is not None for step in steps) < 4
+        first_j = adapter.bucket.capacity_j
+        assert adapter.ledger.energy_j <= 0.3 * adapter.bucket.served_j + first_j
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_s4_the_shadow_measures_what_the_served_text_lost(grouped: bool) -> None:
+    """Adapted minus trained on the batch just scored, before anything was learned from it."""
+    model, frozen = trained_model(), trained_model()
+    for one in (model, frozen):
+        if grouped:
+            set_router(one, "priced", price=0.1, open_cost=[0.5] * 8, group_by_position=True)
+    rows = batches("code", 5)
+    with _adapter(model, Safeguards(judge=False, shadow_every=4), held_frac=0.25) as adapter:
+        for batch in rows[:3]:
+            adapter.score_and_learn(batch)
+        with adapter.frozen():
+            adapted = _nll(_raw(model, rows[3]), rows[3])
+        step = adapter.score_and_learn(rows[3])
+    trained = _nll(_raw(frozen, rows[3]), rows[3])
+    assert step.shadow is not None and step.shadow.tokens == 16 * 63
+    assert step.shadow.mean == pytest.approx(float((adapted - trained).sum()) / (16 * 63), abs=1e-5)
+
+
+@torch.no_grad()
+def _raw(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).logits
