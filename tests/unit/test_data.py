@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,13 @@ def test_unigram_perplexity() -> None:
     assert unigram_perplexity(train, heldout, 3) == pytest.approx(expected)
     even = torch.arange(10).repeat(50)
     assert unigram_perplexity(even, even, 10) == pytest.approx(10)
+
+
+def test_the_manual_is_long_prose_and_its_absence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = data.python_manual()
+    assert text.bytes > 100_000 and "attribute" in text.content and "topics" in text.source
+    assert text == data.python_manual()
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(DataError) as error:
+        data.python_manual()
+    assert error.value.where == "pydoc_data.topics"

@@ -123,7 +123,7 @@ class ShiftSpec:
     decoded: int = 16
     calibration_batches: int = 2
     window: int = 8
-    adapt_lr: float = 3e-3
+    adapt_lr: float = 1e-3
     adapt_anchor: float = 0.99
     adapt_family: str = "full"
     adapt_kl_cap: float = 0.05

@@ -207,24 +207,26 @@ def read_stream(
     cost = DecodeCost(model, CostModel.prior())
     set_policy(model, cost, calibrated["sensitivity"], calibrated["prices"][arm.name] if arm.budget else None)
     rows: list[dict[str, Any]] = []
-    with reader_of(spec, arm, model, cost) as (read, served), choices_of(model) as take:
-        for at, (segment, number, batch) in enumerate(stream_of(spec, texts, order)):
-            found = read(batch)
-            chosen = take()
-            served_j = cost.decode_j(chosen)
-            again_j = cost.forward_j(chosen) if found.reads_again else 0.0
-            learning_j = cost.all_weights_j(chosen) if arm.learns == "all" else found.learning_j + again_j
-            served(served_j, again_j)
-            rows.append(
-                {
-                    "segment": segment, "number": number, "at": at, "tokens": batch.numel() - len(batch),
-                    "sequence_nll": found.nll.tolist(), "learned": found.learned, "verdict": found.verdict,
-                    "reason": found.reason, "served_j": served_j, "learning_j": learning_j,
-                    "energy_provenance": cost.provenance, "distinct_experts": chosen.distinct_experts,
-                    "experts_per_token": chosen.experts_per_token,
-                }
-            )  # fmt: skip
-    set_router(model, "topk")
+    try:
+        with reader_of(spec, arm, model, cost) as (read, served), choices_of(model) as take:
+            for at, (segment, number, batch) in enumerate(stream_of(spec, texts, order)):
+                found = read(batch)
+                chosen = take()
+                served_j = cost.decode_j(chosen)
+                again_j = cost.forward_j(chosen) if found.reads_again else 0.0
+                learning_j = cost.all_weights_j(chosen) if arm.learns == "all" else found.learning_j + again_j
+                served(served_j, again_j)
+                rows.append(
+                    {
+                        "segment": segment, "number": number, "at": at, "tokens": batch.numel() - len(batch),
+                        "sequence_nll": found.nll.tolist(), "learned": found.learned, "verdict": found.verdict,
+                        "reason": found.reason, "served_j": served_j, "learning_j": learning_j,
+                        "energy_provenance": cost.provenance, "distinct_experts": chosen.distinct_experts,
+                        "experts_per_token": chosen.experts_per_token,
+                    }
+                )  # fmt: skip
+    finally:
+        set_router(model, "topk")
     return rows
 
 

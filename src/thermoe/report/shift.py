@@ -122,10 +122,11 @@ def draw_shift_front(data: RunData, theme: Theme) -> Figure | None:
                 style = arm_style(data, str(row["arm"]), theme)
                 title = data.title_of(row["arm"])
                 axes.plot(1e6 * joules, ppl, color=style.color, marker=style.marker, ls="none", ms=8, label=title)
+        axes.margins(0.15)
         axes.set_title(segment, fontsize=10.5)
+        axes.set_xlabel("Modelled µJ per token", fontsize=9)
         axes.tick_params(labelsize=9)
     panels[0].set_ylabel("Perplexity, lower is better")
-    figure.supxlabel("Modelled µJ per token, learning inside", fontsize=10.5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
