@@ -16,8 +16,8 @@ from torch import Tensor
 from thermoe.routers import selection
 
 HAS_TRITON = find_spec("triton") is not None
-#: Most experts, slots, and scores of a group that one program holds. At the most scores a thread has 16, and a part of
-#: what belongs to them lies outside its registers (480 bytes at 64 experts); twice as many would leave nearly all there.
+#: Most experts, slots, and scores of a group that one program holds. Beyond 8192 scores a thread has 16, and 480 bytes
+#: of what belongs to them lie outside its registers; twice as many would leave most of it there.
 MAX_EXPERTS, MAX_SLOTS, MAX_SCORES = 128, 8, 16384
 #: Rows by themselves are put into groups of this many.
 ROWS_PER_GROUP = 16

@@ -240,18 +240,20 @@ def _select_kernel(
         tl.store(out_ptr + slot_at, tl.load(baseline_ptr + slot_at, mask=slots, other=0), mask=slots)
 
 
-def warps_for(block_n: int, block_e: int, coupled: bool) -> int:
-    """Return the warps of a program: 4 to 16 scores a thread, and few warps, because each makes the others wait.
+def warps_for(block_n: int, block_e: int) -> int:
+    """Return the warps of a program, between what keeps a processor busy and what makes them wait for each other.
+
+    With four scores a thread, loaded at once, the experts of a token lie within one warp, so that only sums over tokens
+    have to cross. The weighing of pairs wants more threads than places to fill: with fewer, the compiler lays those out
+    across warps.
 
     Args:
         block_n: tokens of a group, a power of 2.
         block_e: experts, a power of 2.
-        coupled: whether experts are closed, for which all pairs of them are compared.
     """
-    size = max(block_n * block_e, block_e * block_e // 4 if coupled else 0)
-    if size > 2048:
-        return 32 if size > 8192 else 16
-    return min(8, max(1, size // 128))
+    if block_n * block_e > 8192:
+        return 32
+    return min(16, max(4, block_n * block_e // 128, block_n // 2))
 
 
 def select(
@@ -277,12 +279,13 @@ def select(
     tokens, experts = p.shape
     out = torch.empty(tokens, k_max, dtype=torch.int64, device=p.device)
     size = triton.cdiv(tokens, groups)
-    block_n, block_e = max(2, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(experts))
+    block_e = max(16, triton.next_power_of_2(experts))
+    block_n = max(2, triton.next_power_of_2(size), 512 // block_e)  # no fewer scores than 4 warps take
     _select_kernel[(groups,)](
         p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, favourite_weight, tokens,
         size, groups, E=experts, K=k_max, K_MIN=k_min, COUPLED=coupled, PROTECT=protect and k_min > 0,
         WEIGHED=favourite_weight != 1 and k_min > 0, HAS_REAL=real is not None, ROUNDS=rounds, SHARE=share,
         BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=max(2, triton.next_power_of_2(k_max)),
-        num_warps=warps_for(block_n, block_e, coupled),
+        num_warps=warps_for(block_n, block_e),
     )  # fmt: skip
     return out
