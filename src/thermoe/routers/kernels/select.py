@@ -177,9 +177,8 @@ def _select_kernel(
             if WEIGHED:
                 more = tl.where(place < K_MIN, favourite_weight - 1.0, 0.0)
             opened = tl.max((own & real).to(tl.int32), axis=0) > 0
-            b0, b1, b2, b3 = _words(opened, e, WORDS)
-            if price > 0:  # else all stay open
-                o0, o1, o2, o3 = b0, b1, b2, b3
+            opened = tl.where(price > 0, opened, there)  # at price 0 all are
+            o0, o1, o2, o3 = _words(opened, e, WORDS)
             left = tl.sum(opened.to(tl.int32), axis=0)
             step, number = 0, (price > 0).to(tl.int32)
             while (step < ROUNDS) & (number > 0):
