@@ -37,7 +37,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def _router(name: str, options: dict[str, Any]) -> Router:
     router = build_router(name, D, E, K, options).eval()
     with torch.no_grad():
-        router.weight.normal_(std=0.5)
+        for weight in router.parameters():
+            weight.normal_(std=0.5)
     return router
 
 
@@ -76,6 +77,7 @@ def test_a_router_answers_as_it_does_without_the_kernel(fused: None, case: str, 
     for context in (RoutingContext(14, 1), RoutingContext(2, 7, torch.rand(14) < 0.7)):
         mine, theirs = (_routed(router, x, context, fused=on) for on in (True, False))
         assert torch.equal(mine.expert_index, theirs.expert_index)
+        assert not router.num_zero or (mine.weights[~mine.active & ~mine.identity] == 0).any()
         assert mine.weights.dtype == dtype and not mine.weights.requires_grad
         torch.testing.assert_close(mine.weights, theirs.weights, rtol=2e-7 if dtype == torch.float32 else 1e-3, atol=0)
 
