@@ -14,17 +14,20 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from cuda_graph import captured
 from torch import Tensor
 
+from thermoe.moe import decision
 from thermoe.moe.decision import RoutingContext
 from thermoe.moe.dispatch import run_experts
 from thermoe.moe.experts import Experts
 from thermoe.results import RunFolder
-from thermoe.routers import priced
+from thermoe.routers import base, priced, topk
 from thermoe.routers.base import Router
 from thermoe.routers.swap import build_router
 from thermoe.runtime import environment_fingerprint
@@ -32,18 +35,42 @@ from thermoe.runtime import environment_fingerprint
 TOKENS = (1, 16, 64, 256, 8192)
 EXPERTS = {32: 4, 64: 8, 128: 8}
 WIDTH, EXPERT_WIDTH = 2048, 1024
-#: name: (registered router, options by number of experts, whether its kernel may run)
+#: name: (registered router, options by number of experts, whether its kernels may run)
 ARMS: dict[str, tuple[str, Callable[[int], dict], bool]] = {
     "topk": ("topk", lambda e: {}, True),
+    "topk, no kernel": ("topk", lambda e: {}, False),
     "oea": ("oea", lambda e: {"k0": 2}, True),
     "priced gate": ("priced", lambda e: {"price": 2e-3, "open_cost": [68.0] * e}, True),
     "priced distortion": (
         "priced", lambda e: {"price": 2e-3, "open_cost": [68.0] * e, "benefit": "distortion"}, True
     ),
+    "priced distortion, favourites": (
+        "priced",
+        lambda e: {"price": 2e-3, "open_cost": [68.0] * e, "benefit": "distortion", "favourite_weight": 4.0},
+        True,
+    ),
     "priced distortion, no kernel": (
         "priced", lambda e: {"price": 2e-3, "open_cost": [68.0] * e, "benefit": "distortion"}, False
     ),
 }  # fmt: skip
+
+
+#: Who asks whether a kernel runs.
+SWITCHES = (
+    (priced, "can_fuse"),
+    (priced, "can_choose"),
+    (topk, "can_choose"),
+    (base, "can_choose"),
+    (decision, "can_count"),
+)
+
+
+def kernels(*, on: bool) -> AbstractContextManager[object]:
+    """Return what keeps the kernels of routers and counts from running unless ``on``."""
+    stack = ExitStack()
+    for module, name in () if on else SWITCHES:
+        stack.enter_context(patch.object(module, name, lambda *_: False))
+    return stack
 
 
 def context_of(tokens: int) -> RoutingContext:
@@ -56,8 +83,8 @@ def routed(router: Router, x: Tensor, context: RoutingContext) -> Callable[[], t
 
     @torch.no_grad()
     def run() -> tuple[Tensor, Tensor, Tensor]:
-        decision = router(x, context)
-        return decision.weights, decision.counts, decision.opened
+        answer = router(x, context)
+        return answer.weights, answer.counts, answer.opened
 
     return run
 
@@ -96,10 +123,10 @@ def time_layer(layer: Experts, x: Tensor, context: RoutingContext, top_k: int) -
 
     @torch.no_grad()
     def run() -> Tensor:
-        return run_experts(x, decision.expert_index, decision.weights, layer)
+        return run_experts(x, answer.expert_index, answer.weights, layer)
 
     with torch.no_grad():
-        decision = router(x, context)
+        answer = router(x, context)
     return median_us(captured(run), "cuda", 1)[0]
 
 
@@ -118,7 +145,6 @@ def main() -> None:
         f"{'E':>4} {'T':>5}  {'router':30} {'eager us':>10} {'x topk':>7}"
         + ("  graph us  x topk  of layer" if on_cuda else "")
     )
-    can_fuse = priced.can_fuse
     for experts, top_k in EXPERTS.items():
         layer = (
             Experts(experts, WIDTH, EXPERT_WIDTH, gated=True, activation="silu").to(args.device, dtype)
@@ -127,33 +153,32 @@ def main() -> None:
         )
         for tokens in TOKENS:
             x, context = torch.randn(tokens, WIDTH, device=args.device, dtype=dtype), context_of(tokens)
-            base: dict[str, float] = {}
+            plain: dict[str, float] = {}
             layer_us = None if layer is None else time_layer(layer, x, context, top_k)
             for name, (kind, options, fused) in ARMS.items():
                 if not (fused or on_cuda) or (not fused and tokens > 256):
                     continue
-                priced.can_fuse = can_fuse if fused else lambda *_: False
                 torch.manual_seed(0)
                 router = build_router(kind, WIDTH, experts, top_k, options(experts)).to(args.device).eval()
                 step = routed(router, x, context)
                 row = {"experts": experts, "top_k": top_k, "tokens": tokens, "router": name, "device": args.device}
-                row["eager_us"], row["eager_low_us"], row["eager_high_us"] = median_us(step, args.device, args.budget_s)
-                if on_cuda:
-                    row["graph_us"], row["graph_low_us"], row["graph_high_us"] = median_us(
-                        captured(step), args.device, 1
-                    )
-                    row["layer_us"] = layer_us
+                with kernels(on=fused):
+                    times = median_us(step, args.device, args.budget_s)
+                    row["eager_us"], row["eager_low_us"], row["eager_high_us"] = times
+                    if on_cuda:
+                        times = median_us(captured(step), args.device, 1)
+                        row["graph_us"], row["graph_low_us"], row["graph_high_us"] = times
+                        row["layer_us"] = layer_us
                 if name == "topk":
-                    base = {key: row[key] for key in ("eager_us", "graph_us") if key in row}
+                    plain = {key: row[key] for key in ("eager_us", "graph_us") if key in row}
                 eager = row["eager_us"]
-                text = f"{experts:>4} {tokens:>5}  {name:30} {eager:10.1f} {eager / base['eager_us']:7.2f}"
+                text = f"{experts:>4} {tokens:>5}  {name:30} {eager:10.1f} {eager / plain['eager_us']:7.2f}"
                 if on_cuda:
                     graph = row["graph_us"]
-                    text += f" {graph:9.1f} {graph / base['graph_us']:7.2f} {graph / layer_us:8.1%}"
+                    text += f" {graph:9.1f} {graph / plain['graph_us']:7.2f} {graph / layer_us:8.1%}"
                 print(text, flush=True)
                 if run:
                     run.append("router", **row)
-    priced.can_fuse = can_fuse
     if run:
         run.write_manifest(finished=True)
 

@@ -126,9 +126,8 @@ def _by_kernel(
     groups, tokens, experts = rows.u.shape
     p, real = rows.u.transpose(0, 1).flatten(0, 1), rows.real.transpose(0, 1).flatten() if coupled else None
     costs, protect = (router.pair_cost, router.open_cost, router.sensitivity), router.drop == "phase2"
-    free = p.topk(k_max, -1).indices  # the answer at price 0, which is none of these
     rule = launched, k_min, k_max, coupled, protect, router.favourite_weight
-    chosen = [select_by_distortion(p, p, real, free, price, router.kappa, *costs, *rule) for price in prices.unbind()]
+    chosen = [select_by_distortion(p, p, real, None, price, router.kappa, *costs, *rule) for price in prices.unbind()]
     index = torch.stack(chosen).unflatten(1, (tokens, groups)).transpose(1, 2)
     return index, index < experts
 

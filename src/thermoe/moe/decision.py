@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from thermoe.moe.fused_count import can_count, count_experts
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingContext:
@@ -90,15 +92,21 @@ class RoutingDecision:
     @property
     def counts(self) -> Tensor:
         """float32 (E,): tokens sent to each expert."""
-        flat = self.expert_index.reshape(-1)
-        outputs = self.logits.shape[-1]
-        zeros = torch.zeros(outputs + 1, device=flat.device, dtype=torch.float32)
-        return zeros.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.float32))[: self.num_experts]
+        return self._counted()[0]
 
     @property
     def opened(self) -> Tensor:
         """Bool (E,): the experts that at least one token uses."""
-        return self.counts > 0
+        return self._counted()[1]
+
+    def _counted(self) -> tuple[Tensor, Tensor]:
+        if can_count(self.expert_index):
+            return count_experts(self.expert_index, self.num_experts)
+        flat = self.expert_index.reshape(-1)
+        outputs = self.logits.shape[-1]
+        zeros = torch.zeros(outputs + 1, device=flat.device, dtype=torch.float32)
+        counts = zeros.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.float32))[: self.num_experts]
+        return counts, counts > 0
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Return ids (T, K) and weights (T, K) of the experts that compute: E and exactly 0 in every other slot."""

@@ -22,6 +22,7 @@ from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext, RoutingDecision
 from thermoe.registry import Registry
 from thermoe.routers.fast_weights import FastWeights
+from thermoe.routers.fused_choice import can_choose, choose_and_weigh
 
 Gate = Literal["renormalized", "probability", "ramped"]
 GATES: tuple[Gate, ...] = ("renormalized", "probability", "ramped")
@@ -167,13 +168,38 @@ class Router(nn.Module):
         context = context or RoutingContext(1, x_TD.shape[0])
         logits = self.scores(x_TD)
         probabilities = self.probabilities(logits)
-        index = self.select(logits, probabilities, context)
-        if context.padding_mask is not None:
-            index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_outputs)
-        weights = self.combine_weights(probabilities, index).to(x_TD.dtype)
+        index, weights = self._answer(logits, probabilities, context, x_TD.dtype)
         return RoutingDecision(
             logits, probabilities, index, weights, context.padding_mask, self.num_identity, self.num_zero
         )
+
+    def _answer(
+        self, logits: Tensor, probabilities: Tensor, context: RoutingContext, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids (T, K) and combine weights (T, K), padding without experts."""
+        index = self.select(logits, probabilities, context)
+        if self._weighs_plainly and can_choose(probabilities, index.shape[-1]):
+            return self._in_one_launch(probabilities, None, index, context, index.shape[-1], dtype)
+        if context.padding_mask is not None:
+            index = torch.where(context.padding_mask.unsqueeze(-1), index, self.num_outputs)
+        return index, self.combine_weights(probabilities, index).to(dtype)
+
+    @property
+    def _weighs_plainly(self) -> bool:
+        return type(self).combine_weights is Router.combine_weights
+
+    def _in_one_launch(
+        self,
+        probabilities: Tensor,
+        scores: Tensor | None,
+        index: Tensor | None,
+        context: RoutingContext,
+        slots: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        live = self.num_experts + self.num_identity
+        kind = self.ramp, slots, self.gate, live, self.num_experts, dtype
+        return choose_and_weigh(probabilities, scores, index, context.padding_mask, *kind)
 
     @torch.no_grad()
     def observe(self, decision: RoutingDecision) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from thermoe.routers import selection
 
 HAS_TRITON = find_spec("triton") is not None
-#: Most experts, slots, and scores of a group that one program holds. At the most scores a thread has 16, and a part of
-#: what belongs to them lies outside its registers (480 bytes at 64 experts); with twice as many nearly all would.
+#: Most experts, slots, and scores of a group that one program holds. Beyond 8192 scores a thread has 16, and 480 bytes
+#: of what belongs to them lie outside its registers; twice as many would leave most of it there.
 MAX_EXPERTS, MAX_SLOTS, MAX_SCORES = 128, 8, 16384
 #: Rows by themselves are put into groups of this many.
 ROWS_PER_GROUP = 16
@@ -41,7 +41,7 @@ def select_by_distortion(
     p: Tensor,
     logits: Tensor,
     real: Tensor | None,
-    baseline: Tensor,
+    baseline: Tensor | None,
     price: Tensor,
     kappa: Tensor,
     pair_cost: Tensor,
@@ -60,7 +60,7 @@ def select_by_distortion(
         p: float32 (T, E), probabilities, those below 0 taken for 0; token n of group g is row n * G + g.
         logits: float32 (T, E), which order a token's experts.
         real: bool (T,), false for padding, or ``None``.
-        baseline: int64 (T, K), the answer at price 0.
+        baseline: int64 (T, K), the answer at price 0; ``None`` for the top-k, equal scores by the number of the expert.
         price: scalar.
         kappa: scalar, on the sensitivities.
         pair_cost: (E,).
@@ -76,14 +76,14 @@ def select_by_distortion(
     from thermoe.routers.kernels.select import select
 
     return select(
-        p.contiguous(), logits.contiguous(), None if real is None else real.contiguous(), baseline.contiguous(),
-        price, kappa, pair_cost, open_cost, sensitivity, groups, k_min, k_max, coupled, protect,
-        favourite_weight, selection.ROUNDS, selection.SHARE,
+        p.contiguous(), logits.contiguous(), None if real is None else real.contiguous(),
+        None if baseline is None else baseline.contiguous(), price, kappa, pair_cost, open_cost, sensitivity, groups,
+        k_min, k_max, coupled, protect, favourite_weight, selection.ROUNDS, selection.SHARE,
     )  # fmt: skip
 
 
 @select_by_distortion.register_fake
-def _(p: Tensor, logits: Tensor, real: Tensor | None, baseline: Tensor, price: Tensor, kappa: Tensor, pair_cost: Tensor,
-      open_cost: Tensor, sensitivity: Tensor, groups: int, k_min: int, k_max: int, coupled: bool,
+def _(p: Tensor, logits: Tensor, real: Tensor | None, baseline: Tensor | None, price: Tensor, kappa: Tensor,
+      pair_cost: Tensor, open_cost: Tensor, sensitivity: Tensor, groups: int, k_min: int, k_max: int, coupled: bool,
       protect: bool, favourite_weight: float) -> Tensor:  # fmt: skip
     return p.new_empty((p.shape[0], k_max), dtype=torch.int64)

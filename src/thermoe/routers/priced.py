@@ -34,6 +34,7 @@ from torch import Tensor
 from thermoe.errors import RoutingError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.routers.base import ROUTERS
+from thermoe.routers.fused_choice import can_choose
 from thermoe.routers.fused_selection import ROWS_PER_GROUP, can_fuse, select_by_distortion
 from thermoe.routers.selection import DropPass, close_by_distortion, drop_by_distortion, open_experts, take_open
 from thermoe.routers.topk import TopKRouter
@@ -227,15 +228,36 @@ class PricedRouter(TopKRouter):
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Return each token's priced selection; at price 0 the baseline's own."""
-        baseline = self._rank(logits)
-        k_max = baseline.shape[-1]
-        k_min = min(self.k_min, k_max)
         grouped = self.group_by_position or context.is_decode
         price = self.price if grouped else self.prefill_price
-        coupled = self.couples_tokens and grouped and not self.batch_invariant and k_max > 0
-        choose = self._by_distortion if self.benefit == "distortion" else self._by_gate
-        index = choose(logits, probabilities, baseline, price, context if coupled else None, k_min, k_max)
+        coupled = self.couples_tokens and grouped and not self.batch_invariant
+        coupling = context if coupled else None
+        index = self._in_one_kernel(logits, probabilities, price, coupling) if self.benefit == "distortion" else None
+        if index is None:
+            baseline = self._rank(logits)
+            k_max = baseline.shape[-1]
+            choose = self._by_distortion if self.benefit == "distortion" else self._by_gate
+            index = choose(logits, probabilities, baseline, price, coupling, min(self.k_min, k_max), k_max)
         return self._limit(index, probabilities, context)
+
+    def _in_one_kernel(
+        self, logits: Tensor, probabilities: Tensor, price: Tensor, coupling: RoutingContext | None
+    ) -> Tensor | None:
+        """Return the choice by distortion from the kernel, or ``None`` where it does not take this."""
+        k_max = self.active_top_k or self.top_k
+        if self.drop == "none":  # what is never closed is open to all
+            coupling = None
+        groups = -(-len(logits) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
+        # The kernel takes the top-k by logits for the baseline, which it is not with shards or with sampled scores.
+        if not (self._ranks_by_logits and can_fuse(probabilities, groups, k_max)):
+            return None
+        p, logits = probabilities.detach(), logits.detach()  # a choice of ids has no gradient
+        mask = None if coupling is None else coupling.padding_mask
+        # At price 0 the kernel's own top-k is the baseline's where that comes from a kernel too, at ties as well.
+        baseline = None if can_choose(p, k_max) else self._rank(logits)
+        given = (p, logits, mask, baseline, price, self.kappa, self.pair_cost, self.open_cost, self.sensitivity)
+        rule = groups, min(self.k_min, k_max), k_max, coupling is not None, self.drop == "phase2", self.favourite_weight
+        return select_by_distortion(*given, *rule)
 
     def _by_gate(
         self,
@@ -273,15 +295,6 @@ class PricedRouter(TopKRouter):
         logits, probabilities = logits.detach(), probabilities.detach()  # a choice of ids has no gradient
         if self.drop == "none":  # what is never closed is open to all
             coupling = None
-        groups = -(-len(logits) // ROWS_PER_GROUP) if coupling is None else coupling.sequence_length
-        # The kernel takes the top-k by logits for the baseline, which it is not with shards or with sampled scores.
-        plain = self.group_size == 1 and not (self.training and self.temperature is not None)
-        if plain and can_fuse(probabilities, groups, k_max):
-            mask = None if coupling is None else coupling.padding_mask
-            costs, protect = (self.pair_cost, self.open_cost, self.sensitivity), self.drop == "phase2"
-            given = (probabilities, logits, mask, baseline, price, self.kappa, *costs)
-            rule = groups, k_min, k_max, coupling is not None, protect, self.favourite_weight
-            return select_by_distortion(*given, *rule)
         p = probabilities.clamp(min=0)
         weight = self.kappa * self.sensitivity
         index = logits.topk(k_max, -1).indices

@@ -21,6 +21,7 @@ from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.moe.decision import RoutingContext
 from thermoe.moe.dispatch import DROP_ORDERS, DropOrder, apply_capacity, expert_capacity
 from thermoe.routers.base import ROUTERS, Gate, Router
+from thermoe.routers.fused_choice import best, can_choose
 
 
 @ROUTERS.register("topk")
@@ -103,6 +104,24 @@ class TopKRouter(Router):
         """Return the top-k experts, those beyond an expert's capacity replaced by E."""
         return self._limit(self._rank(logits), probabilities, context)
 
+    def _answer(
+        self, logits: Tensor, probabilities: Tensor, context: RoutingContext, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        slots = self.active_top_k or self.top_k
+        plain = type(self).select is TopKRouter.select and self._weighs_plainly and self._ranks_by_logits
+        if plain and self._capacity_factor is None and can_choose(probabilities, slots):
+            return self._in_one_launch(probabilities, logits, None, context, slots, dtype)
+        return super()._answer(logits, probabilities, context, dtype)
+
+    @property
+    def _ranks_by_logits(self) -> bool:
+        """Whether the ranking is that of the logits alone: no shards, and no sampling."""
+        return self.group_size == 1 and not (self.training and self.temperature is not None)
+
+    @property
+    def _capacity_factor(self) -> float | None:
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
     def _rank(self, logits: Tensor) -> Tensor:
         """Return the top-k experts before any capacity."""
         size, top_k = self.group_size, self.active_top_k or self.top_k
@@ -110,7 +129,8 @@ class TopKRouter(Router):
         if self.training and self.temperature is not None:
             uniform = torch.rand_like(ranked).clamp(min=torch.finfo(logits.dtype).tiny)
             ranked = ranked / self.temperature - torch.log(-torch.log(uniform))
-        chosen = torch.topk(ranked, -(-top_k // size), dim=-1).indices
+        count = -(-top_k // size)
+        chosen = best(ranked, count) if can_choose(ranked, count) else torch.topk(ranked, count, dim=-1).indices
         if size == 1:
             return chosen
         shards = torch.arange(size, device=logits.device)
@@ -118,7 +138,7 @@ class TopKRouter(Router):
 
     def _limit(self, index: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Apply the capacity, if there is one."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        factor = self._capacity_factor
         if factor is None:
             return index
         if context.padding_mask is not None:  # padding must not take up an expert's places

@@ -50,7 +50,7 @@ def near_ties(device: str = "cpu") -> tuple[PricedRouter, Tensor, RoutingContext
     Half of the tokens are the other half with the experts of each pair exchanged, so that what is to be closed is a tie
     that the order of a sum decides, and either way is as good.
     """
-    sequences, positions, experts = 16, 24, 16
+    sequences, positions, experts = 16, 12, 16
     half = 1.5 * torch.randn(sequences // 2, positions, experts)
     logits = torch.cat([half, half[..., [e ^ 1 for e in range(experts)]]]).flatten(0, 1)
     router = PricedRouter(

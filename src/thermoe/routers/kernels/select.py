@@ -1,7 +1,7 @@
 """The whole selection by distortion of one group of tokens in one program, in Triton.
 
 See `thermoe.routers.selection` for what is computed: close what brings less than it costs, take the best open experts,
-give up pairs; at price 0 copy the baseline. A group's scores stay in registers from the first to the last step.
+give up pairs; at price 0 copy the baseline, or take the top-k. A group's scores stay in registers throughout.
 
 Nothing is sorted. For each token and expert one word per 32 experts says which of them that token prefers, found once
 by comparing all pairs. How many open experts come before one is then a count of bits, and with it the place of every
@@ -124,8 +124,8 @@ def _select_kernel(
     p_ptr, logit_ptr, real_ptr, baseline_ptr, out_ptr, price_ptr, kappa_ptr, pair_ptr, open_ptr, s_ptr,
     favourite_weight, T, N, G,
     E: tl.constexpr, K: tl.constexpr, K_MIN: tl.constexpr, COUPLED: tl.constexpr, PROTECT: tl.constexpr,
-    WEIGHED: tl.constexpr, HAS_REAL: tl.constexpr, ROUNDS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHED: tl.constexpr, HAS_REAL: tl.constexpr, HAS_BASELINE: tl.constexpr, ROUNDS: tl.constexpr,
+    SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     WORDS: tl.constexpr = (BLOCK_E + 31) // 32
     FLOOR: tl.constexpr = K_MIN if K_MIN > 1 else 1
@@ -139,7 +139,7 @@ def _select_kernel(
     p = _probability(p_ptr, at, mask)
     score = _score(logit_ptr, at, mask)
     price = tl.load(price_ptr)
-    if price > 0:
+    if (price > 0) | (not HAS_BASELINE):
         kappa = tl.load(kappa_ptr)
         a0 = _preferred(logit_ptr, row * E, inside, score, E, 0)
         a1, a2, a3 = a0, a0, a0
@@ -177,9 +177,10 @@ def _select_kernel(
             if WEIGHED:
                 more = tl.where(place < K_MIN, favourite_weight - 1.0, 0.0)
             opened = tl.max((own & real).to(tl.int32), axis=0) > 0
+            opened = tl.where(price > 0, opened, there)  # at price 0 all are
             o0, o1, o2, o3 = _words(opened, e, WORDS)
             left = tl.sum(opened.to(tl.int32), axis=0)
-            step, number = 0, 1
+            step, number = 0, (price > 0).to(tl.int32)
             while (step < ROUNDS) & (number > 0):
                 opened = _holds(o0, o1, o2, o3, e, WORDS)
                 place = _count(a0, a1, a2, a3, o0, o1, o2, o3, WORDS)
@@ -223,7 +224,7 @@ def _select_kernel(
             pair = price * tl.load(pair_ptr + chosen, mask=used, other=0.0)
             square_k = s_k * p_k * p_k
             product_k = s_k * p_k * tl.where(marked > 127, p_k, 0.0) / own_mass[:, None]
-            step, going = 0, 1
+            step, going = 0, (price > 0).to(tl.int32)
             while (step < K - K_MIN) & (going > 0):
                 mass, squares, products = _total(used, p_k), _total(used, square_k), _total(used, product_k)
                 lost = (
@@ -240,25 +241,27 @@ def _select_kernel(
         tl.store(out_ptr + slot_at, tl.load(baseline_ptr + slot_at, mask=slots, other=0), mask=slots)
 
 
-def warps_for(block_n: int, block_e: int, coupled: bool) -> int:
-    """Return the warps of a program: 4 to 16 scores a thread, and few warps, because each makes the others wait.
+def warps_for(block_n: int, block_e: int) -> int:
+    """Return the warps of a program, between what keeps a processor busy and what makes them wait for each other.
+
+    With four scores a thread, loaded at once, the experts of a token lie within one warp, so that only sums over tokens
+    have to cross. The weighing of pairs wants more threads than places to fill: with fewer, the compiler lays those out
+    across warps.
 
     Args:
         block_n: tokens of a group, a power of 2.
         block_e: experts, a power of 2.
-        coupled: whether experts are closed, for which all pairs of them are compared.
     """
-    size = max(block_n * block_e, block_e * block_e // 4 if coupled else 0)
-    if size > 2048:
-        return 32 if size > 8192 else 16
-    return min(8, max(1, size // 128))
+    if block_n * block_e > 8192:
+        return 32
+    return min(16, max(4, block_n * block_e // 128, block_n // 2))
 
 
 def select(
     p: Tensor,
     logits: Tensor,
     real: Tensor | None,
-    baseline: Tensor,
+    baseline: Tensor | None,
     price: Tensor,
     kappa: Tensor,
     pair_cost: Tensor,
@@ -277,12 +280,13 @@ def select(
     tokens, experts = p.shape
     out = torch.empty(tokens, k_max, dtype=torch.int64, device=p.device)
     size = triton.cdiv(tokens, groups)
-    block_n, block_e = max(2, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(experts))
+    block_e = max(16, triton.next_power_of_2(experts))
+    block_n = max(2, triton.next_power_of_2(size), 512 // block_e)  # no fewer scores than 4 warps take
     _select_kernel[(groups,)](
         p, logits, real, baseline, out, price, kappa, pair_cost, open_cost, sensitivity, favourite_weight, tokens,
         size, groups, E=experts, K=k_max, K_MIN=k_min, COUPLED=coupled, PROTECT=protect and k_min > 0,
-        WEIGHED=favourite_weight != 1 and k_min > 0, HAS_REAL=real is not None, ROUNDS=rounds, SHARE=share,
-        BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=max(2, triton.next_power_of_2(k_max)),
-        num_warps=warps_for(block_n, block_e, coupled),
+        WEIGHED=favourite_weight != 1 and k_min > 0, HAS_REAL=real is not None, HAS_BASELINE=baseline is not None,
+        ROUNDS=rounds, SHARE=share, BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=max(2, triton.next_power_of_2(k_max)),
+        num_warps=warps_for(block_n, block_e),
     )  # fmt: skip
     return out
