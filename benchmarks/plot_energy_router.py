@@ -77,17 +77,12 @@ def draw_joules(folder: Path, out: Path) -> None:
     panels[1].set(title="8 layers of OLMoE's shape, 16 sequences", xlabel="distinct experts per layer")
     draw(panels[2], [r for r in sweep if r["batch"] == 0 and "nll" in r], mj, lambda r: r["nll"])
     panels[2].set(title="trained model, prefill", xlabel="mJ/token", ylabel="nats per token")
-    for feedback, colour in (("measured", "tab:blue"), ("modelled", "tab:gray")):
-        part = [r for r in loop if r["feedback"] == feedback and (r["j_per_token_measured"] or 1) < 0.1]
-        if part:
-            start = part[0]["t_s"]
-            times, values = [r["t_s"] - start for r in part], [1e3 * r["j_per_token_measured"] for r in part]
-            panels[3].plot(times, values, color=colour, marker=".", label=f"feedback {feedback}")
-    budgets = sorted(
-        {(r["part"], r["budget_j"]) for r in rows_of(folder / "loop", "loop") if r["feedback"] == "measured"}
-    )
-    for _, budget in budgets:
-        panels[3].axhline(1e3 * budget, color="tab:red", linewidth=0.8)
+    part = [r for r in loop if (r["j_per_token_measured"] or 1) < 0.03]
+    start = part[0]["t_s"]
+    panels[3].plot([r["t_s"] - start for r in part], [mj({"j_per_token": r["j_per_token_measured"]}) for r in part],
+                   color="tab:blue", marker=".", label="each window of 2 s")  # fmt: skip
+    for budget in sorted({r["budget"] for r in rows_of(folder / "loop", "lag") if r["budget"]}):
+        panels[3].axhline(float(budget.split()[0]), color="tab:red", linewidth=0.8)
     panels[3].set(title="holding a budget (red)", xlabel="s", ylabel="mJ/token")
     panels[3].legend(fontsize=7)
     panels[0].legend(fontsize=7)
