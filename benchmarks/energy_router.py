@@ -201,6 +201,7 @@ def run_sweep(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: 
     plan = [(batch, kind, price) for batch in args.batches for kind, price in policies(args, DECODE_PRICES)
             if kind in ("topk", "priced") or (kind == "oea" and batch > 1)]  # fmt: skip
     plan += [(0, kind, price) for kind, price in policies(args, PREFILL_PRICES) if kind in ("topk", "priced")]
+    base: Tensor | None = None
     with EnergyMeter(devices=args.device) as meter:
         for number, order in enumerate((plan, plan[::-1])):
             for batch, kind, price in order:
@@ -218,7 +219,12 @@ def run_sweep(args: argparse.Namespace, run: RunFolder, model: nn.Module, rows: 
                     )
                     if number == 0:
                         nll, _, k = score(model, table[: 8 * args.prefill_rows], args.prefill_rows)
-                        found |= {"nll": float(nll.mean()) / (args.seq - 1), "experts_per_token": k}
+                        base = nll if base is None else base  # top-k comes first
+                        per_token = (nll - base) / (args.seq - 1)
+                        found |= {
+                            "nll": float(nll.mean()) / (args.seq - 1), "experts_per_token": k,
+                            "dnll": float(per_token.mean()), "dnll_se": float(per_token.std() / len(per_token) ** 0.5),
+                        }  # fmt: skip
                 run.append("sweep", batch=batch, policy=kind, price_nats=price, order=number, **found)
                 j = found["j_per_token"]
                 print(f"B={batch or 'prefill'} {kind} {price:.4g}: {'-' if j is None else f'{1e3 * j:.3f} mJ'}, "
