@@ -49,6 +49,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 # -- does it help ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.tuned
 @pytest.mark.parametrize("family", FAST_FAMILIES)
 def test_text_that_shifts_is_read_better(family: str) -> None:
     model = trained_model()

@@ -94,6 +94,7 @@ def _lie(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "output_shares", lambda parts: 1 - honest(parts))
 
 
+@pytest.mark.tuned
 def test_a_teacher_that_lies_is_undone_with_its_evidence(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = planted_model(1, permuted=False, family=None)
     frozen = _nll(model, text[: 4 * ROWS])

@@ -50,6 +50,7 @@ def test_a_bias_alone_cannot_recover_them(seed: int) -> None:
     assert teacher.updates == 16 and recall(model, HELD) < 0.4
 
 
+@pytest.mark.tuned
 def test_a_router_that_is_right_stays_right() -> None:
     model = planted_model(1, permuted=False)
     before = recall(model, HELD)

@@ -171,6 +171,7 @@ def test_s3_standard_errors_are_over_blocks() -> None:
 JUDGED = Safeguards(judge_tokens=252, shadow=False)
 
 
+@pytest.mark.tuned
 def test_t14_a_poisoned_chunk_is_undone_bit_for_bit_and_the_step_halved() -> None:
     model = trained_model()
     with _adapter(model, JUDGED, held_frac=0.25, lr=0.05, seed=1) as adapter:

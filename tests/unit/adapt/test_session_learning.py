@@ -295,6 +295,7 @@ def test_a_modelled_budget_holds_for_routing_and_learning_together(every: int, m
         assert routing < 0.95 * budget and late[-1]["price"] > 0
 
 
+@pytest.mark.tuned
 def test_a_burst_of_learning_is_paid_back_by_the_tokens_after_it(meter: EnergyMeter) -> None:
     model = one_layer()
     session = AdaptiveSession(model, meter=meter, cost_model=COST, learn=ALWAYS, feedback="modelled", solve_every=4)
@@ -320,6 +321,7 @@ def test_a_burst_of_learning_is_paid_back_by_the_tokens_after_it(meter: EnergyMe
         assert session._holder.levy.of("decode") < 0.01 * budget
 
 
+@pytest.mark.tuned
 def test_learning_that_alone_is_above_the_budget_is_infeasible(meter: EnergyMeter) -> None:
     model = one_layer()
     session = AdaptiveSession(model, meter=meter, cost_model=COST, learn=ALWAYS, feedback="modelled", solve_every=4)

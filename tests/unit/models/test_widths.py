@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from thermoe import convert_to_moe, set_router
+from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.test_time import RouterAdapter
 from thermoe.errors import CheckpointError, ConfigError, ConversionError
 from thermoe.evaluation import routing_accuracy
@@ -256,7 +257,7 @@ def test_judging_counting_and_adapting_go_by_experts() -> None:
         stats = routing_stats(layer.last_routing)
         assert stats is not None and len(stats.load) == 4 and stats.experts_per_token == 2
     before = logits(model)
-    with RouterAdapter(model) as adapter:
+    with RouterAdapter(model, safeguards=Safeguards.none(), bucket=None, held_frac=0) as adapter:
         assert adapter.score_and_learn(IDS).learned
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
