@@ -257,7 +257,7 @@ def test_judging_counting_and_adapting_go_by_experts() -> None:
         stats = routing_stats(layer.last_routing)
         assert stats is not None and len(stats.load) == 4 and stats.experts_per_token == 2
     before = logits(model)
-    with RouterAdapter(model, safeguards=Safeguards.none(), bucket=None, held_frac=0) as adapter:
+    with RouterAdapter(model, lr=0.1, safeguards=Safeguards.none(), bucket=None, held_frac=0) as adapter:
         assert adapter.score_and_learn(IDS).learned
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
