@@ -5,7 +5,8 @@ python benchmarks/routers.py [--out FOLDER]    (`make bench`)
 Every router runs at T = 1, 16, 64, 256 tokens as one decode step (one token per sequence) and at T = 8192 as a prefill,
 for E = 32, 64, 128 experts, top-8 (top-4 at E = 32), width 2048. Times are medians over repeats with the spread of the
 middle half. On CUDA each is also timed as a replayed graph, which is how decoding runs, and the expert layer of OLMoE's
-shape (width 1024, bfloat16) is timed beside it: a router should take at most 5 % of it.
+shape (width 1024, bfloat16) is timed beside it: a router should take at most 5 % of it. "topk" differs from "topk, no
+kernel" only with THERMOE_EXPERIMENTAL_KERNELS=1 (`thermoe/moe/experimental.py`).
 """
 
 from __future__ import annotations
