@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from thermoe.adapt.learning_bucket import LearningBucket
 from thermoe.adapt.learning_work import LearningKind, LearningLedger, LearningWork, serving_nothing
@@ -48,13 +49,16 @@ class LearningCosts:
             tokens: real tokens of the forward.
             all_experts: every expert ran on every token, whatever was chosen, as in an audit.
         """
+        decisions = [module.last_routing for module in self._modules]
+        ran = [(row, decision) for row, decision in enumerate(decisions) if decision is not None]
         pairs = torch.zeros_like(self.table.pair_j)
-        for row, module in enumerate(self._modules):
-            decision = module.last_routing
-            if decision is not None:
-                pairs[row, : decision.num_experts] = decision.counts.detach().cpu().double()
-                if all_experts:
-                    pairs[row, : decision.num_experts] = tokens
+        if ran:
+            width, device = pairs.shape[1], ran[0][1].expert_index.device
+            counts = [F.pad(d.counts.detach(), (0, width - d.num_experts)).to(device) for _, d in ran]
+            pairs[[row for row, _ in ran]] = torch.stack(counts).cpu().double()
+        if all_experts:
+            for row, decision in ran:
+                pairs[row, : decision.num_experts] = tokens
         count = torch.tensor([float(tokens)], dtype=torch.float64)
         return float(self.table.joules(count, pairs.unsqueeze(0), (pairs > 0).unsqueeze(0)))
 
