@@ -238,7 +238,8 @@ def _select_kernel(
                 step += 1
         tl.store(out_ptr + slot_at, tl.where(used, chosen, E).to(tl.int64), mask=slots)
     else:
-        tl.store(out_ptr + slot_at, tl.load(baseline_ptr + slot_at, mask=slots, other=0), mask=slots)
+        if HAS_BASELINE:  # known when the kernel is compiled, as the condition above is not
+            tl.store(out_ptr + slot_at, tl.load(baseline_ptr + slot_at, mask=slots, other=0), mask=slots)
 
 
 def warps_for(block_n: int, block_e: int) -> int:
