@@ -28,11 +28,12 @@ def check_settings(**settings: Any) -> None:
         ConfigError: one is outside its range.
     """
     rules: dict[str, tuple[Any, str, object]] = {
-        "lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-3),
+        "lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0", 5e-4),
         "anchor": (lambda x: 0 < x <= 1, "a number above 0 and at most 1", 0.99),
         "max_grad_norm": (lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
         "min_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of at least 0", 0),
         "held_frac": (lambda x: 0 <= x < 1, "a number from 0 to below 1", 0.125),
+        "steps": (lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1", 4),
         "seed": (lambda x: isinstance(x, int), "an integer", 0),
         "min_gain_per_j": (lambda x: 0 <= x < math.inf, "a finite number of at least 0, or None", None),
     }
@@ -40,6 +41,14 @@ def check_settings(**settings: Any) -> None:
         fits, accepted, usual = rules[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         check_number(name, value, number and fits(value), accepted, usual)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise a ConfigError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{name} is {value!r}", where=f"adapt.{name}", accepted="True or False", fix="leave it at True"
+        )
 
 
 def check_percentiles(given: Any) -> None:

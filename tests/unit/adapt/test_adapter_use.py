@@ -265,9 +265,9 @@ def test_muon_steps_have_the_size_of_adams() -> None:
     sizes = {}
     for kind in ("adamw", "muon"):
         torch.manual_seed(0)
-        parameters = [nn.Parameter(torch.zeros(16, 64)), nn.Parameter(torch.zeros(16))]
-        optimizer = FastOptimizer(parameters, kind, 1e-2)
-        optimizer.step(parameters, [torch.randn(16, 64), torch.randn(16)])
+        fast = FastWeights(64, 16)
+        parameters = [fast.matrix, fast.delta]
+        FastOptimizer({"layer": fast}, kind, 1e-2).step(["layer"], [torch.randn(16), torch.randn(16, 64)], {})
         sizes[kind] = [float(p.detach().square().mean().sqrt()) for p in parameters]
         assert all(p.grad is None for p in parameters)
     assert sizes["adamw"][1] == sizes["muon"][1] == pytest.approx(1e-2, rel=0.01)
