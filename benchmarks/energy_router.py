@@ -371,6 +371,8 @@ def main() -> None:
     parser.add_argument("--loop-feedback", type=lambda t: t.split(","), default=["measured", "modelled"])
     parser.add_argument("--loop-free-s", type=float, default=4.0, help="seconds without a budget before, at least")
     args = parser.parse_args()
+    if not args.window_s >= 1:
+        parser.error("--window-s is below 1: so short a window has no figure of joules")
     args.loop_plan = [(entry, float(s)) for entry, s in (part.split(":") for part in args.loop_plan.split(","))]
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)

@@ -1,4 +1,7 @@
-"""Draw the results of energy_router.py: python benchmarks/plot_energy_router.py FOLDER (fronts, sweep, shape, loop)."""
+"""Draw the results of energy_router.py: python benchmarks/plot_energy_router.py FOLDER
+
+FOLDER holds fronts, sweep, shape and loop, and fronts-batch-1 where one sequence was read by itself.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,9 @@ STYLES = {
     "priced-gate": ("priced, gate", "tab:gray", "v"),
 }
 
+#: Folders of the fronts. Those of batch 1 may come from a run of their own.
+FRONTS = ("fronts", "fronts-batch-1")
+
 
 def rows_of(folder: Path, kind: str) -> list[dict]:
     """Return the rows of one kind."""
@@ -50,16 +56,19 @@ def draw(axes: Axes, rows: list[dict], x: Callable[[dict], float], y: Callable[[
 
 
 def draw_fronts(folder: Path, out: Path) -> None:
-    """Loss against distinct experts, by text and batch size."""
-    rows = rows_of(folder, "front")
-    cases = sorted({(row["text"], row["batch"]) for row in rows})
-    figure, panels = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 3.8), squeeze=False)
-    for axes, (text, batch) in zip(panels[0], cases, strict=True):
-        chosen = [r for r in rows if (r["text"], r["batch"]) == (text, batch) and r["dnll"] < 0.25]
-        draw(axes, chosen, lambda r: r["distinct_experts"], lambda r: r["dnll"], "dnll_se")
-        axes.set(title=f"{text}, {batch} sequences", xlabel="distinct experts per layer", ylim=(-0.004, 0.12))
-    panels[0][0].set_ylabel("nats per token above top-k")
-    panels[0][0].legend(fontsize=7)
+    """Loss against distinct experts: a row of panels per text, one panel per batch size."""
+    rows = [row for name in FRONTS if (folder / name).exists() for row in rows_of(folder / name, "front")]
+    texts, batches = (sorted({row[key] for row in rows}) for key in ("text", "batch"))
+    size = (4.2 * len(batches), 3.6 * len(texts))
+    figure, panels = plt.subplots(len(texts), len(batches), figsize=size, squeeze=False)
+    for line, text in zip(panels, texts, strict=True):
+        for axes, batch in zip(line, batches, strict=True):
+            chosen = [r for r in rows if (r["text"], r["batch"]) == (text, batch) and r["dnll"] < 0.25]
+            draw(axes, chosen, lambda r: r["distinct_experts"], lambda r: r["dnll"], "dnll_se")
+            title = f"{text}, {batch} sequence{'s' if batch > 1 else ''}"
+            axes.set(title=title, xlabel="distinct experts per layer", ylim=(-0.004, 0.12))
+        line[0].set_ylabel("nats per token above top-k")
+    panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 
@@ -94,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    draw_fronts(args.folder / "fronts", args.folder / "fronts.png")
+    draw_fronts(args.folder, args.folder / "fronts.png")
     draw_joules(args.folder, args.folder / "joules.png")
 
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from thermoe.moe import fused_count
 from thermoe.moe.decision import RoutingContext
 from thermoe.moe.fused_count import can_count
-from thermoe.routers import fused_choice
 from thermoe.routers.base import Router
 from thermoe.routers.fused_choice import can_choose
 from thermoe.routers.swap import build_router
@@ -23,12 +21,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton"),
 ]
 D = 128
-
-
-@pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_choice, "EXPERIMENTAL", True)
-    monkeypatch.setattr(fused_count, "EXPERIMENTAL", True)
 
 
 def _router(name: str, experts: int, top_k: int, **options: Any) -> Router:

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from thermoe.moe.experimental import EXPERIMENTAL
-
 HAS_TRITON = find_spec("triton") is not None
 #: Most slots of all tokens that one program counts.
 MAX_PAIRS = 8192
@@ -22,7 +20,7 @@ MAX_PAIRS = 8192
 
 def can_count(index: Tensor) -> bool:
     """Return whether the kernel takes the ids ``index`` (T, K)."""
-    return EXPERIMENTAL and HAS_TRITON and index.is_cuda and 0 < index.numel() <= MAX_PAIRS
+    return HAS_TRITON and index.is_cuda and 0 < index.numel() <= MAX_PAIRS
 
 
 @torch.library.custom_op("thermoe::count_experts", mutates_args=())

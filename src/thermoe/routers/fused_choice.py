@@ -17,8 +17,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from thermoe.moe.experimental import EXPERIMENTAL
-
 HAS_TRITON = find_spec("triton") is not None
 #: Most tokens, outputs and slots. With more tokens the launches no longer count.
 MAX_TOKENS, MAX_OUTPUTS, MAX_SLOTS = 1024, 256, 8
@@ -26,11 +24,7 @@ MAX_TOKENS, MAX_OUTPUTS, MAX_SLOTS = 1024, 256, 8
 
 def can_choose(probabilities: Tensor, slots: int) -> bool:
     """Return whether the kernel takes probabilities (T, O) and so many slots: on CUDA, in float32, without gradient."""
-    if (
-        not EXPERIMENTAL
-        or torch.is_grad_enabled()
-        or not (HAS_TRITON and probabilities.is_cuda and probabilities.dtype == torch.float32)
-    ):
+    if torch.is_grad_enabled() or not (HAS_TRITON and probabilities.is_cuda and probabilities.dtype == torch.float32):
         return False
     tokens, outputs = probabilities.shape
     return 0 < tokens <= MAX_TOKENS and outputs <= MAX_OUTPUTS and 0 < slots <= MAX_SLOTS

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from thermoe.moe import decision as decision_module
+from thermoe.moe import fused_count
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.fused_count import can_count
 
@@ -32,5 +33,20 @@ def test_counts_are_those_of_the_pytorch_code(
     assert decision.counts.dtype == torch.float32 and decision.opened.dtype == torch.bool
 
 
-def test_the_cpu_runs_the_pytorch_code() -> None:
-    assert not can_count(torch.zeros(4, 2, dtype=torch.int64))
+def test_the_kernel_counts_a_few_tokens_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_count, "HAS_TRITON", True)
+    assert not can_count(torch.zeros(4, 2, dtype=torch.int64)), "the CPU runs the PyTorch code"
+
+    class OnGPU:
+        is_cuda = True
+
+        def __init__(self, pairs: int) -> None:
+            self.pairs = pairs
+
+        def numel(self) -> int:
+            return self.pairs
+
+    for pairs, expected in {0: False, 1: True, 8192: True, 8193: False}.items():
+        assert can_count(OnGPU(pairs)) == expected, pairs  # type: ignore[arg-type]
+    monkeypatch.setattr(fused_count, "HAS_TRITON", False)
+    assert not can_count(OnGPU(1)), "without Triton there is no kernel"  # type: ignore[arg-type]

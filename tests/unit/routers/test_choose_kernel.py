@@ -152,8 +152,8 @@ def test_the_operators_say_what_they_return() -> None:
 
 
 def test_the_kernel_takes_a_few_tokens_on_a_gpu_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_choice, "HAS_TRITON", True)
     with torch.no_grad():
-        monkeypatch.setattr(fused_choice, "EXPERIMENTAL", True)
         assert not can_choose(torch.zeros(16, 32), 4), "the CPU runs the PyTorch code"
 
     class OnGPU:
@@ -162,10 +162,9 @@ def test_the_kernel_takes_a_few_tokens_on_a_gpu_without_a_gradient(monkeypatch: 
         def __init__(self, *shape: int) -> None:
             self.shape = shape
 
-    monkeypatch.setattr(fused_choice, "HAS_TRITON", True)
     with torch.no_grad(), monkeypatch.context() as patched:
-        patched.setattr(fused_choice, "EXPERIMENTAL", False)
-        assert not can_choose(OnGPU(16, 32), 8)  # type: ignore[arg-type]
+        patched.setattr(fused_choice, "HAS_TRITON", False)
+        assert not can_choose(OnGPU(16, 32), 8), "without Triton there is no kernel"  # type: ignore[arg-type]
     fits = {(16, 32): True, (1024, 256): True, (1025, 32): False, (16, 257): False, (0, 32): False}
     with torch.no_grad():
         for shape, expected in fits.items():
