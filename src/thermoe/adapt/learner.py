@@ -16,7 +16,7 @@ from torch import Tensor
 from thermoe.adapt.adapter_settings import chosen_layers
 from thermoe.adapt.judging import SHADOW_TOKENS, Judged, Known, forwards_bound_j, judge_rows, judge_update, shadow
 from thermoe.adapt.learning_bucket import Cadence
-from thermoe.adapt.learning_parts import choices, parts_of, replayed
+from thermoe.adapt.learning_parts import choices, parts_of, replayed, unsteered
 from thermoe.adapt.learning_report import AdaptStep
 from thermoe.adapt.objectives import LearnBatch
 from thermoe.adapt.reading import (
@@ -48,6 +48,7 @@ class ReadSettings:
     held_frac: float
     min_gain_per_j: float | None
     steps: int
+    learn_on: str
     by_text: bool
     seed: int
 
@@ -258,16 +259,17 @@ class Learner:
     def _given(self, scored: _Scored, parts: Sequence[Sequence[int]], paid: list[float]) -> Parts:
         """Yield the parts of a batch, each read when it is its turn; add the joules of their forwards to ``paid``."""
         live, batch, whole = self.live, scored.batch, self._all_of(scored)
-        chosen = None
+        chosen, learn_on = None, self.settings.learn_on
         if rows_interact(live.routers()):
             chosen = choices(live.model, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
-        for rows in parts:
+        for number, rows in enumerate(parts):
+            free = learn_on == "unsteered" or (learn_on == "both" and number % 2 == 1)
             ids = batch.input_ids[rows]
             mask = None if batch.mask is None else batch.mask[rows]
             tokens = ids.numel() if mask is None else int(mask.sum())
             with (
                 live.account.aside(tokens) as cost,
-                replayed(live.model, chosen, rows),
+                unsteered(live.model) if free else replayed(live.model, chosen, rows),
                 torch.enable_grad(),
                 record_inputs(live.fast) as seen,
             ):

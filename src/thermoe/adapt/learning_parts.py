@@ -50,6 +50,19 @@ def choices(model: nn.Module, shape: tuple[int, int]) -> list[Tensor | None] | N
 
 
 @contextmanager
+def unsteered(model: nn.Module) -> Iterator[None]:
+    """Let every token have its own top-k inside the context, whatever price or capacity its router has."""
+    routers = [module.router for _, module in routed_modules(model) if isinstance(module.router, Router)]
+    try:
+        for router in routers:
+            router.unsteered = True
+        yield
+    finally:
+        for router in routers:
+            router.unsteered = False
+
+
+@contextmanager
 def replayed(model: nn.Module, chosen: Sequence[Tensor | None] | None, rows: Sequence[int]) -> Iterator[None]:
     """Give these rows what was chosen for them, inside the context; with ``None`` routers choose anew."""
     modules = [module for _, module in routed_modules(model)]

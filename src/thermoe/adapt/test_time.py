@@ -101,6 +101,7 @@ class RouterAdapter:
         objective: str = "next_token",
         optimizer: str = "natural",
         steps: int = 4,
+        learn_on: str = "served",
         by_text: bool = True,
         layers: str | Sequence[int | str] = "all",
         percentiles: tuple[float, float] | None = None,
@@ -141,6 +142,7 @@ class RouterAdapter:
             held_frac=held_frac,
             min_gain_per_j=min_gain_per_j,
             steps=steps,
+            learn_on=learn_on,
             by_text=by_text,
             seed=seed,
         )
