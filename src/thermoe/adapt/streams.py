@@ -11,7 +11,7 @@ from torch import Tensor
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.reading import HeldText
 from thermoe.adapt.stream_state import Learned, Stream, StreamState
-from thermoe.adapt.update import Live
+from thermoe.adapt.update import LEAST_LR_FRAC, Live
 
 DEFAULT_STREAM = "default"
 
@@ -69,16 +69,16 @@ class Streams:
             state.parked.restore(live.fast, live.optimizer, live.objective)
             state.parked = None
 
-    def _clear(self) -> None:
+    def _clear(self, lr: float | None = None) -> None:
         live = self._live
         for fast in live.fast.values():
             fast.reset()
-        live.optimizer = FastOptimizer(live.fast, live.optimizer.kind, self._lr)
+        live.optimizer = FastOptimizer(live.fast, live.optimizer.kind, self._lr if lr is None else lr)
         live.objective.reset()
 
     def reset_text(self) -> None:
-        """Return the present text to the trained routers exactly."""
-        self._clear()
+        """Return the present text to the trained routers exactly, to learn on with half the step size."""
+        self._clear(max(self._live.optimizer.lr / 2, self._lr * LEAST_LR_FRAC))
         self.present.state.forget()
 
     def reset(self) -> None:
