@@ -262,6 +262,8 @@ class Learner:
         if rows_interact(live.routers()):
             chosen = choices(live.model, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
         for rows in parts:
+            if not bool((scored.weights[rows] > 0).any()):
+                continue  # percentiles, which are known only now, left nothing of it
             ids = batch.input_ids[rows]
             mask = None if batch.mask is None else batch.mask[rows]
             tokens = ids.numel() if mask is None else int(mask.sum())

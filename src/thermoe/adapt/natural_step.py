@@ -13,7 +13,6 @@ Shape letters: T tokens, E experts, C features and one for delta, R directions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,8 @@ from thermoe.routers.fast_weights import FastWeights
 DIRECTIONS, SPARE, PASSES = 64, 8, 4
 #: Averaging of steps and of their sizes.
 BETAS = (0.9, 0.999)
+#: What a step writes to; the rest of a state is shared by its copies.
+MOMENTS = ("mean", "square")
 
 
 class NaturalStep:
@@ -40,6 +41,10 @@ class NaturalStep:
         self.fast, self.lr = dict(fast), lr
         self.state: dict[str, dict[str, Any]] = {}
 
+    def wants(self, name: str) -> bool:
+        """Whether the next step of a layer needs its features: the first of a text does."""
+        return name not in self.state
+
     @torch.no_grad()
     def step(self, names: Sequence[str], gradients: Sequence[Tensor], features: Mapping[str, Tensor]) -> None:
         """Take one step.
@@ -47,7 +52,8 @@ class NaturalStep:
         Args:
             names: of the layers that move.
             gradients: of their parameters, layer by layer, as `FastWeights.parameters` orders them.
-            features: by layer name, (T, C - 1), of the tokens that are learned from.
+            features: by layer name, (T, C - 1), of the tokens that are learned from; of the layers that `wants` asks
+                for.
         """
         at = 0
         for name in names:
@@ -57,6 +63,8 @@ class NaturalStep:
             at += count
             gradient_EC = torch.cat([*matrix, delta_E.unsqueeze(1)], 1)
             state = self.state.get(name)
+            if state is None and name not in features:
+                continue  # the layer did not run, so that there is no gradient either
             if state is None:
                 state = self.state[name] = {
                     "count": 0,
@@ -80,12 +88,17 @@ class NaturalStep:
         return [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of moments, directions and step size."""
-        return {"lr": self.lr, "layers": copy.deepcopy(self.state)}
+        """Return step size, a copy of the moments, and the directions, which never change once they are found."""
+        return {"lr": self.lr, "layers": {name: _copied(state) for name, state in self.state.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a copy of what `state_dict` returned."""
-        self.lr, self.state = float(state["lr"]), copy.deepcopy(dict(state["layers"]))
+        self.lr = float(state["lr"])
+        self.state = {name: _copied(one) for name, one in state["layers"].items()}
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if key in MOMENTS else value for key, value in state.items()}
 
 
 def _directions(features: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from thermoe.errors import CheckpointError, ConfigError, RoutingError
 from thermoe.evaluation import sequence_nll
 from thermoe.models.frame import build_frame
 from thermoe.moe.layer import collect_routing, moe_layers, routed_modules
-from thermoe.routers.fast_weights import FAST_FAMILIES
+from thermoe.routers.fast_weights import FAST_FAMILIES, FastWeights
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
 
 OFF = Safeguards.none()

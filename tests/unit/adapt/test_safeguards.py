@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -135,21 +134,26 @@ def _paired(mean: float, se: float | None = 0.001, tokens: int = 1024) -> Paired
     [
         (_paired(-0.01), None, "accepted"),
         (_paired(0.0), None, "accepted"),
-        (_paired(0.0001), None, "rejected"),
-        (_paired(-0.0001, 0.0061), None, "accepted"),
-        (_paired(-0.0001, 0.0062), None, "deferred"),
-        (_paired(0.005, 0.007), None, "deferred"),
-        (_paired(0.005, 0.007, 8192), None, "rejected"),
-        (_paired(-0.005, 0.01, 8192), None, "deferred"),
+        # Not surely worse: 1.64 standard errors, 1.89 of them with eight blocks.
+        (_paired(0.0018), None, "accepted"),
+        (_paired(0.0020), None, "rejected"),
+        (_paired(0.0100, 0.01), None, "accepted"),
+        (_paired(0.0101, 0.01), None, "deferred"),
+        (_paired(0.0101, 0.01, 8192), None, "rejected"),
+        (_paired(-0.005, 0.02, 8192), None, "accepted"),
         (_paired(0.05, 0.01), None, "rejected"),
         (_paired(-0.05, 0.02), None, "accepted"),
+        # Too few to tell, unless it is surely worse, which takes four blocks.
         (_paired(-0.05, None), None, "deferred"),
         (_paired(-0.05, 0.001, 999), None, "deferred"),
         (_paired(0.05, 0.001, 300), None, "deferred"),
         (_paired(0.05, 0.001, 512), None, "rejected"),
         (_paired(0.0023, 0.001, 512), None, "deferred"),
+        # Text of before by itself: surely worse, and by more than 0.01.
         (_paired(-0.05), _paired(0.012), "rejected"),
         (_paired(-0.05), _paired(0.005), "accepted"),
+        (_paired(-0.05), _paired(0.012, 0.01), "accepted"),
+        (None, _paired(0.012), "rejected"),
         (None, None, "deferred"),
     ],
     ids=str,
@@ -184,10 +188,9 @@ def test_t14_a_poisoned_chunk_is_undone_bit_for_bit_and_the_step_halved() -> Non
         assert step.verdict == "rejected" and not step.learned and step.change_norm == 0
         assert step.judged is not None and step.judged.mean > 0 and "undone" in (step.reason or "")
         assert _same(after["fast"], before["fast"])
-        for part, was in zip(after["optimizer"], before["optimizer"], strict=True):
-            assert _same(part["state"], was["state"]) and len(was["state"]) > 0
-            assert all(g["lr"] == w["lr"] / 2 for g, w in zip(part["param_groups"], was["param_groups"], strict=True))
-        assert adapter.lr == lr / 2
+        (moments,), (moments_before,) = after["optimizer"], before["optimizer"]
+        assert _same(moments["layers"], moments_before["layers"]) and len(moments["layers"]) == 2
+        assert moments["lr"] == moments_before["lr"] / 2 and adapter.lr == lr / 2
 
 
 def test_s3_nonsense_would_have_passed_by_its_own_rows() -> None:
@@ -232,26 +235,13 @@ def _rows_of(adapter: RouterAdapter, rows: Tensor) -> Any:
     return adapter._learner._held_rows(batch, batch.real, evidence=True)
 
 
-def test_s3_acceptances_regain_the_step_size() -> None:
-    model = trained_model()
-    with _adapter(model, JUDGED, held_frac=0.25, lr=3e-3) as adapter:
-        adapter._learner.live.optimizer.lr = 1e-3
-        rates = [adapter.lr]
-        for batch in batches("code", 12):
-            if adapter.score_and_learn(batch).verdict == "accepted":
-                rates.append(adapter.lr)
-        assert len(rates) > 4
-        for before, after in pairwise(rates):
-            assert after == pytest.approx(min(3e-3, before * 2**0.25)) or after < before
-
-
 def test_s3_what_is_held_back_is_not_learned_from() -> None:
     """Changing the rows that are held back changes nothing that is learned."""
     model, ends = trained_model(), []
     batch = batches("prose", 1)[0]
     from thermoe.adapt.reading import Batch
 
-    held = hold_back(Batch.of(batch, None, None), 0.125, "0/default/1").any(-1)
+    held = hold_back(Batch.of(batch, None, None), 0.125, "0/default/0/1/held").any(-1)
     assert int(held.sum()) == 2
     other = torch.where(held.unsqueeze(-1), NONSENSE, batch)
     for rows in (batch, other):
