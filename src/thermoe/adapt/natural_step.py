@@ -25,6 +25,9 @@ from thermoe.routers.fast_weights import FastWeights
 DIRECTIONS, SPARE, PASSES = 64, 8, 4
 #: Averaging of steps and of their sizes.
 BETAS = (0.9, 0.999)
+#: Least size of a gradient: its share of the layer's mean, and in the unit of AdamW's epsilon. Experts that no token
+#: chose have gradients that are rounding alone, and must not move as far as the others by it.
+LEAST_SIZE, EPSILON = 1e-3, 1e-8
 #: What a step writes to; the rest of a state is shared by its copies.
 MOMENTS = ("mean", "square")
 
@@ -78,7 +81,8 @@ class NaturalStep:
             state["square"].lerp_((natural * gradient_EC).mean(1, keepdim=True), 1 - BETAS[1])
             mean = state["mean"] / (1 - BETAS[0] ** state["count"])
             size = (state["square"] / (1 - BETAS[1] ** state["count"])).sqrt()
-            move = self.lr * mean / (size + 1e-12)
+            least = LEAST_SIZE * size.square().mean().sqrt() + EPSILON / state["damping"].sqrt()
+            move = self.lr * mean / (size + least)
             fast.delta.sub_(move[:, -1])
             if fast.matrix is not None:
                 fast.matrix.sub_(move[:, :-1])

@@ -147,6 +147,8 @@ def update(
     parameters = [p for one in fast.values() for p in one.parameters()]
     outcome = Outcome()
     with torch.no_grad():
+        # The steps alone: a pull that outweighs them points back, and would have them shortened for being too short.
+        state.last_move = [p - b for p, b in zip(parameters, before, strict=True)]
         for layer, one in enumerate(fast.values()):
             for parameter in one.parameters():
                 parameter.mul_(live.safeguards.anchor)
@@ -164,7 +166,6 @@ def update(
         return Outcome(reason="the experts in use stay far fewer than the trained router's", broken=True)
     if not torch.isfinite(change):
         return Outcome(reason="the fast weights are not finite", broken=True)
-    state.last_move = changes
     outcome.moved = outcome.change_norm > 0
     outcome.reason = None if outcome.moved else "the step was zero"
     return outcome
