@@ -27,7 +27,7 @@ DIRECTIONS, SPARE, PASSES = 64, 8, 4
 BETAS = (0.9, 0.999)
 #: Least size of a gradient: its share of the layer's mean, and in the unit of AdamW's epsilon. Experts that no token
 #: chose have gradients that are rounding alone, and must not move as far as the others by it.
-LEAST_SIZE, EPSILON = 1e-3, 1e-8
+LEAST_SIZE, EPSILON = 1e-2, 1e-8
 #: What a step writes to; the rest of a state is shared by its copies.
 MOMENTS = ("mean", "square")
 

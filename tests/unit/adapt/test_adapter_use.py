@@ -283,13 +283,13 @@ def test_a_part_of_which_percentiles_leave_nothing_is_no_broken_loss() -> None:
 
 def test_large_chunks_are_one_step_on_the_mean() -> None:
     model, rows = tiny_moe(gate="renormalized"), [random_tokens(2, 20, seed=i) for i in range(4)]
-    settings = {"safeguards": OFF, "held_frac": 0.0}
+    settings = {"safeguards": OFF, "held_frac": 0.0, "optimizer": "adamw", "steps": 1, "by_text": False}
     with _adapter(model, min_tokens=4 * 38, **settings) as adapter:
         steps = [adapter.score_and_learn(batch) for batch in rows]
         assert [s.verdict for s in steps] == ["collected"] * 3 + ["accepted"] and adapter.updates == 1
         assert "38 of 152" in (steps[0].reason or "")
         chunked = [p.detach().clone() for p in adapter.parameters()]
-    with _adapter(model, steps=1, **settings) as adapter:
+    with _adapter(model, **settings) as adapter:
         adapter.score_and_learn(torch.cat(rows))
         for one, two in zip(chunked, adapter.parameters(), strict=True):
             torch.testing.assert_close(one, two.detach(), rtol=1e-3, atol=1e-5)
