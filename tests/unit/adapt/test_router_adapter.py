@@ -11,7 +11,7 @@ from torch import nn
 
 from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.test_time import RouterAdapter
-from thermoe.errors import ConfigError, RoutingError
+from thermoe.errors import ConfigError, RoutingError, UnknownNameError
 from thermoe.evaluation import sequence_nll
 from thermoe.moe.layer import moe_layers
 from thermoe.routers.fast_weights import FAST_FAMILIES, FastFamily
@@ -258,11 +258,19 @@ def test_a_price_that_leaves_no_expert_leaves_nothing_to_learn() -> None:
         ({"lr": float("inf")}, "adapt.lr"),
         ({"anchor": 0.0}, "adapt.anchor"),
         ({"anchor": 1.01}, "adapt.anchor"),
+        ({"steps": 0}, "adapt.steps"),
+        ({"steps": 1.5}, "adapt.steps"),
+        ({"steps": True}, "adapt.steps"),
+        ({"steps": None}, "adapt.steps"),
+        ({"by_text": 1}, "adapt.by_text"),
+        ({"by_text": None}, "adapt.by_text"),
+        ({"optimizer": "sgd"}, "adapt.optimizer"),
+        ({"safeguards": True}, "adapt.safeguards"),
     ],
 )
-def test_settings_outside_their_range_are_refused(settings: dict[str, float], where: str) -> None:
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any], where: str) -> None:
     model = tiny_moe()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, UnknownNameError)) as error:
         _adapter(model, **settings)
     assert error.value.where == where and error.value.accepted
     assert all(layer.router.fast is None for _, layer in moe_layers(model))
