@@ -28,8 +28,9 @@ BETAS = (0.9, 0.999)
 #: Least size of a gradient: its share of the layer's mean, and in the unit of AdamW's epsilon. Experts that no token
 #: chose have gradients that are rounding alone, and must not move as far as the others by it.
 LEAST_SIZE, EPSILON = 1e-2, 1e-8
-#: What a step writes to; the rest of a state is shared by its copies.
+#: What a step writes to, and what a layer keeps; the rest of a state is shared by its copies.
 MOMENTS = ("mean", "square")
+KEPT = ("count", *MOMENTS, "damping", "vectors", "added")
 
 
 class NaturalStep:
@@ -96,13 +97,24 @@ class NaturalStep:
         return {"lr": self.lr, "layers": {name: _copied(state) for name, state in self.state.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a copy of what `state_dict` returned."""
-        self.lr = float(state["lr"])
-        self.state = {name: _copied(one) for name, one in state["layers"].items()}
+        """Take up a copy of what `state_dict` returned, on the devices of the layers.
+
+        Raises:
+            KeyError, ValueError: it is of other layers, or of layers of other shapes; nothing is changed then.
+        """
+        lr, layers = float(state["lr"]), {}
+        for name, one in state["layers"].items():
+            fast, copied = self.fast[name], _copied(one)
+            columns = 1 + (0 if fast.matrix is None else fast.matrix.shape[1])
+            if copied["mean"].shape != (fast.num_experts, columns) or copied["vectors"].shape[0] != columns:
+                raise ValueError(f"the moments of {name} are of another shape")
+            device = fast.delta.device
+            layers[name] = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in copied.items()}
+        self.lr, self.state = lr, layers
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if key in MOMENTS else value for key, value in state.items()}
+    return {key: state[key].clone() if key in MOMENTS else state[key] for key in KEPT}
 
 
 def _directions(features: Tensor) -> dict[str, Tensor]:

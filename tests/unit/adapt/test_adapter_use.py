@@ -534,6 +534,11 @@ def test_a_saved_state_with_streams_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert second.metrics == first.metrics
 
 
+def _cut(layers: dict[str, Any]) -> dict[str, Any]:
+    """Return moments of layers that are narrower."""
+    return {name: {**one, "mean": one["mean"][:, 1:]} for name, one in layers.items()}
+
+
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     model = tiny_moe(gate="renormalized")
     with _adapter(model) as adapter:
@@ -541,6 +546,9 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         before = adapter.state_dict()
         bad = [{}, None, {**before, "version": 1}, {**before, "family": "bias"}, {**before, "fast": {}}]
         bad += [{**before, "streams": {}}, {**before, "bucket": {}}, {**before, "optimizer": []}]
+        (natural,) = before["optimizer"]
+        for layers in ({"nowhere": {}}, {name: {} for name in natural["layers"]}, _cut(natural["layers"])):
+            bad.append({**before, "optimizer": [{**natural, "layers": layers}]})
         for state in bad:
             with pytest.raises(CheckpointError):
                 adapter.load_state_dict(state)  # type: ignore[arg-type]
