@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from thermoe.adapt.reading import RouterInput
+from thermoe.adapt.safeguards import Safeguards
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.routers.fast_weights import FastWeights
 
@@ -22,7 +24,7 @@ def check_number(name: str, value: Any, fits: bool, accepted: str, usual: object
 
 
 def check_settings(**settings: Any) -> None:
-    """Check numbers by name.
+    """Check numbers by name; ``None`` is left alone where it means that there is none.
 
     Raises:
         ConfigError: one is outside its range.
@@ -38,6 +40,8 @@ def check_settings(**settings: Any) -> None:
         "min_gain_per_j": (lambda x: 0 <= x < math.inf, "a finite number of at least 0, or None", None),
     }
     for name, value in settings.items():
+        if value is None and name in ("anchor", "min_gain_per_j"):
+            continue
         fits, accepted, usual = rules[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         check_number(name, value, number and fits(value), accepted, usual)
@@ -49,6 +53,23 @@ def check_switch(name: str, value: Any) -> None:
         raise ConfigError(
             f"{name} is {value!r}", where=f"adapt.{name}", accepted="True or False", fix="leave it at True"
         )
+
+
+def guards_of(given: Any, anchor: float | None) -> Safeguards:
+    """Return the safeguards that are meant, all by default, with the anchor that is given beside them.
+
+    Raises:
+        ConfigError: these are none.
+    """
+    if given is not None and not isinstance(given, Safeguards):
+        raise ConfigError(
+            f"the safeguards are {given!r}",
+            where="adapt.safeguards",
+            accepted="a Safeguards, or None for all",
+            fix="use Safeguards(kl_cap=0.05, judge=True)",
+        )
+    guards = given or Safeguards()
+    return guards if anchor is None else replace(guards, anchor=anchor)
 
 
 def check_percentiles(given: Any) -> None:

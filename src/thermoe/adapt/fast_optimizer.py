@@ -61,13 +61,18 @@ class FastOptimizer:
             for group in part.param_groups:
                 group["lr"] = value
 
+    def wants(self, name: str) -> bool:
+        """Whether the next step of a layer needs its features."""
+        return self._natural is not None and self._natural.wants(name)
+
     def step(self, names: Sequence[str], gradients: Sequence[Tensor], features: Mapping[str, Tensor]) -> None:
         """Take one step; layers that are not named stay as they are, and so do their moments.
 
         Args:
             names: of layers.
             gradients: of their parameters, layer by layer.
-            features: by layer name, (T, C), what the matrices were applied to; for "natural".
+            features: by layer name, (T, C), what the matrices were applied to where something is learned; of the layers
+                that `wants` asks for.
         """
         if self._natural is not None:
             self._natural.step(names, gradients, features)

@@ -263,6 +263,8 @@ class Learner:
         if rows_interact(live.routers()):
             chosen = choices(live.model, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
         for number, rows in enumerate(parts):
+            if not bool((scored.weights[rows] > 0).any()):
+                continue  # percentiles, which are known only now, left nothing of it
             free = learn_on == "unsteered" or (learn_on == "both" and number % 2 == 1)
             ids = batch.input_ids[rows]
             mask = None if batch.mask is None else batch.mask[rows]

@@ -13,7 +13,6 @@ Shape letters: T tokens, E experts, C features and one for delta, R directions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,12 @@ from thermoe.routers.fast_weights import FastWeights
 DIRECTIONS, SPARE, PASSES = 64, 8, 4
 #: Averaging of steps and of their sizes.
 BETAS = (0.9, 0.999)
+#: Least size of a gradient: its share of the layer's mean, and in the unit of AdamW's epsilon. Experts that no token
+#: chose have gradients that are rounding alone, and must not move as far as the others by it.
+LEAST_SIZE, EPSILON = 1e-2, 1e-8
+#: What a step writes to, and what a layer keeps; the rest of a state is shared by its copies.
+MOMENTS = ("mean", "square")
+KEPT = ("count", *MOMENTS, "damping", "vectors", "added")
 
 
 class NaturalStep:
@@ -40,6 +45,10 @@ class NaturalStep:
         self.fast, self.lr = dict(fast), lr
         self.state: dict[str, dict[str, Any]] = {}
 
+    def wants(self, name: str) -> bool:
+        """Whether the next step of a layer needs its features: the first of a text does."""
+        return name not in self.state
+
     @torch.no_grad()
     def step(self, names: Sequence[str], gradients: Sequence[Tensor], features: Mapping[str, Tensor]) -> None:
         """Take one step.
@@ -47,7 +56,8 @@ class NaturalStep:
         Args:
             names: of the layers that move.
             gradients: of their parameters, layer by layer, as `FastWeights.parameters` orders them.
-            features: by layer name, (T, C - 1), of the tokens that are learned from.
+            features: by layer name, (T, C - 1), of the tokens that are learned from; of the layers that `wants` asks
+                for.
         """
         at = 0
         for name in names:
@@ -57,6 +67,8 @@ class NaturalStep:
             at += count
             gradient_EC = torch.cat([*matrix, delta_E.unsqueeze(1)], 1)
             state = self.state.get(name)
+            if state is None and name not in features:
+                continue  # the layer did not run, so that there is no gradient either
             if state is None:
                 state = self.state[name] = {
                     "count": 0,
@@ -70,7 +82,8 @@ class NaturalStep:
             state["square"].lerp_((natural * gradient_EC).mean(1, keepdim=True), 1 - BETAS[1])
             mean = state["mean"] / (1 - BETAS[0] ** state["count"])
             size = (state["square"] / (1 - BETAS[1] ** state["count"])).sqrt()
-            move = self.lr * mean / (size + 1e-12)
+            least = LEAST_SIZE * size.square().mean().sqrt() + EPSILON / state["damping"].sqrt()
+            move = self.lr * mean / (size + least)
             fast.delta.sub_(move[:, -1])
             if fast.matrix is not None:
                 fast.matrix.sub_(move[:, :-1])
@@ -80,12 +93,28 @@ class NaturalStep:
         return [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of moments, directions and step size."""
-        return {"lr": self.lr, "layers": copy.deepcopy(self.state)}
+        """Return step size, a copy of the moments, and the directions, which never change once they are found."""
+        return {"lr": self.lr, "layers": {name: _copied(state) for name, state in self.state.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a copy of what `state_dict` returned."""
-        self.lr, self.state = float(state["lr"]), copy.deepcopy(dict(state["layers"]))
+        """Take up a copy of what `state_dict` returned, on the devices of the layers.
+
+        Raises:
+            KeyError, ValueError: it is of other layers, or of layers of other shapes; nothing is changed then.
+        """
+        lr, layers = float(state["lr"]), {}
+        for name, one in state["layers"].items():
+            fast, copied = self.fast[name], _copied(one)
+            columns = 1 + (0 if fast.matrix is None else fast.matrix.shape[1])
+            if copied["mean"].shape != (fast.num_experts, columns) or copied["vectors"].shape[0] != columns:
+                raise ValueError(f"the moments of {name} are of another shape")
+            device = fast.delta.device
+            layers[name] = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in copied.items()}
+        self.lr, self.state = lr, layers
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: state[key].clone() if key in MOMENTS else state[key] for key in KEPT}
 
 
 def _directions(features: Tensor) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ class StreamState:
         parked: what is learned, while another text is read.
         profile: float64 (H,), of its tokens.
         last_read: when it was read last, in batches of the stream.
-        last_move: by parameter, how the last update moved it; ``None`` where it was undone, or there was none.
+        last_move: by parameter, how the steps of the last update moved it, before any pull; ``None`` where it was
+            undone, or there was none.
         layers: names of the layers that learn; ``None`` before that was chosen.
         chunk: summed gradients of batches that wait for `min_tokens`, their weight, their tokens.
         update_batch: number of the batch of the last update.

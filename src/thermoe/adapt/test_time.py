@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
-from thermoe.adapt.adapter_settings import check_percentiles, check_settings, check_switch, chosen_layers
+from thermoe.adapt.adapter_settings import check_percentiles, check_settings, check_switch, chosen_layers, guards_of
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
 from thermoe.adapt.judging import without_fast
@@ -51,8 +50,7 @@ class RouterAdapter:
 
     Args:
         model: a causal language model with MoE layers.
-        lr: longest step size of the optimiser on the fast weights; steps are shorter where the next batch says that the
-            last one went too far, down to a sixteenth.
+        lr: longest step size; steps are shorter where the next batch says that one went too far, down to a sixteenth.
         anchor: the field of the safeguards of that name, for short.
         max_grad_norm: gradients are scaled down to this norm.
         family: of the fast weights: "full", "bias", "mix" or "low_rank"; see `routers/fast_weights.py`.
@@ -113,25 +111,11 @@ class RouterAdapter:
         cost_model: CostModel | None = None,
         seed: int = 0,
     ) -> None:
-        if anchor is not None:
-            check_settings(anchor=anchor)
-        check_settings(
-            lr=lr, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac, steps=steps, seed=seed
-        )
+        check_settings(lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac)
+        check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
         check_switch("by_text", by_text)
-        if min_gain_per_j is not None:
-            check_settings(min_gain_per_j=min_gain_per_j)
         check_percentiles(percentiles)
-        if safeguards is not None and not isinstance(safeguards, Safeguards):
-            raise ConfigError(
-                f"the safeguards are {safeguards!r}",
-                where="adapt.safeguards",
-                accepted="a Safeguards, or None for all",
-                fix="use Safeguards(kl_cap=0.05, judge=True)",
-            )
-        guards = safeguards or Safeguards()
-        self.model = model
-        self.safeguards = guards if anchor is None else replace(guards, anchor=anchor)
+        self.model, self.safeguards = model, guards_of(safeguards, anchor)
         self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
         self.family, self.objective = family, objective
         make = OBJECTIVES.get(objective, where="adapt.objective")

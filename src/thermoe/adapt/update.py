@@ -116,14 +116,16 @@ def update(
     fast: Mapping[str, FastWeights] = {}
     before: list[Tensor] = []
     back: Tensor | None = None
+    nothing, stepped = None, False
     for number, (batch, inputs) in enumerate(parts):
         if number == 0:
             fast, before = batch.fast, [p.detach().clone() for p in batch.parameters()]
         proposal = live.objective.learn(batch)
         if proposal.reason is not None:
-            if number and "not finite" not in proposal.reason:
-                continue  # the other parts have moved, or will
-            return Outcome(reason=proposal.reason, broken="not finite" in proposal.reason)
+            if "not finite" in proposal.reason:
+                return Outcome(reason=proposal.reason, broken=True)
+            nothing = proposal.reason  # unless another part moves
+            continue
         if proposal.gradients is None:
             continue
         gradients = _collected(state, proposal.gradients, proposal.weight, int((batch.weights > 0).sum()))
@@ -134,14 +136,19 @@ def update(
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             return Outcome(reason="the gradient is not finite", broken=True)
-        if number == 0:  # of text that nothing was learned from yet
+        if not stepped:  # of text that nothing was learned from yet
             back = _heed(live, state, list(fast.values()), gradients)
         scale = (live.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        features = {name: fast[name].features(one.x, one.slow) for name, one in inputs.items() if name in fast}
+        features = _features(live, fast, batch, inputs)
         live.optimizer.step(list(fast), [gradient * scale for gradient in gradients], features)
+        stepped = True
+    if nothing is not None and not stepped:
+        return Outcome(reason=nothing)
     parameters = [p for one in fast.values() for p in one.parameters()]
     outcome = Outcome()
     with torch.no_grad():
+        # The steps alone: a pull that outweighs them points back, and would have them shortened for being too short.
+        state.last_move = [p - b for p, b in zip(parameters, before, strict=True)]
         for layer, one in enumerate(fast.values()):
             for parameter in one.parameters():
                 parameter.mul_(live.safeguards.anchor)
@@ -159,7 +166,6 @@ def update(
         return Outcome(reason="the experts in use stay far fewer than the trained router's", broken=True)
     if not torch.isfinite(change):
         return Outcome(reason="the fast weights are not finite", broken=True)
-    state.last_move = changes
     outcome.moved = outcome.change_norm > 0
     outcome.reason = None if outcome.moved else "the step was zero"
     return outcome
@@ -191,6 +197,23 @@ def _heed(live: Live, state: StreamState, fast: Sequence[FastWeights], gradients
         live.optimizer.lr = min(max(changed, live.lr * LEAST_LR_FRAC), max(live.lr, live.optimizer.lr))
     retreat = live.safeguards.retreat
     return None if retreat == 1 else torch.where(outward > 0, retreat, 1.0)
+
+
+def _features(
+    live: Live, fast: Mapping[str, FastWeights], batch: LearnBatch, inputs: Mapping[str, RouterInput]
+) -> dict[str, Tensor]:
+    """Return by layer the features (T, C) that the optimiser asks for: of what is learned from, and of nothing else.
+
+    Not of padding, nor of what is held back or was generated.
+    """
+    wanted = [name for name in inputs if name in fast and live.optimizer.wants(name)]
+    learned = _places(batch.weights > 0) if wanted else None
+    found = {}
+    for name in wanted:
+        assert learned is not None
+        x, slow = _rows(inputs[name].x, learned), _rows(inputs[name].slow, learned)
+        found[name] = fast[name].features(x, slow)
+    return found
 
 
 def _collected(state: StreamState, gradients: list[Tensor], weight: float, tokens: int) -> list[Tensor]:
