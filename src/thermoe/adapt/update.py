@@ -137,8 +137,7 @@ def update(
         if number == 0:  # of text that nothing was learned from yet
             back = _heed(live, state, list(fast.values()), gradients)
         scale = (live.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        features = {name: fast[name].features(one.x, one.slow) for name, one in inputs.items() if name in fast}
-        live.optimizer.step(list(fast), [gradient * scale for gradient in gradients], features)
+        live.optimizer.step(list(fast), [g * scale for g in gradients], _features(batch, inputs))
     parameters = [p for one in fast.values() for p in one.parameters()]
     outcome = Outcome()
     with torch.no_grad():
@@ -203,6 +202,15 @@ def _collected(state: StreamState, gradients: list[Tensor], weight: float, token
     mean = [a * (total / together) + b * (weight / together) for a, b in zip(sums, gradients, strict=True)]
     state.chunk = mean, together, count + tokens
     return mean
+
+
+def _features(batch: LearnBatch, inputs: Mapping[str, RouterInput]) -> dict[str, Tensor]:
+    """Return by layer what the matrices were applied to (T, C) where something is learned; padding has no say."""
+    learns = _places(batch.weights > 0)
+    given = {name: inputs[name] for name in batch.fast if name in inputs}
+    return {
+        name: batch.fast[name].features(_rows(one.x, learns), _rows(one.slow, learns)) for name, one in given.items()
+    }
 
 
 def _places(predictions: Tensor) -> Tensor:
