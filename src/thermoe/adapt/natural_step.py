@@ -26,6 +26,9 @@ from thermoe.routers.fast_weights import FastWeights
 DIRECTIONS, SPARE, PASSES = 64, 8, 4
 #: Averaging of steps and of their sizes.
 BETAS = (0.9, 0.999)
+#: The gradient of an expert that no token used is what rounding leaves of 0, and would be blown up to a whole step. An
+#: expert stays where the size of its gradient is at most this, as a share of the largest in its layer or in nats.
+ROUNDING_FRAC, ROUNDING = 1e-4, 1e-9
 
 
 class NaturalStep:
@@ -70,7 +73,8 @@ class NaturalStep:
             state["square"].lerp_((natural * gradient_EC).mean(1, keepdim=True), 1 - BETAS[1])
             mean = state["mean"] / (1 - BETAS[0] ** state["count"])
             size = (state["square"] / (1 - BETAS[1] ** state["count"])).sqrt()
-            move = self.lr * mean / (size + 1e-12)
+            unused = size <= (ROUNDING_FRAC * size.amax()).clamp(min=ROUNDING)  # not so for NaN, which has to be seen
+            move = torch.where(unused, 0, self.lr * mean / size.clamp(min=ROUNDING))
             fast.delta.sub_(move[:, -1])
             if fast.matrix is not None:
                 fast.matrix.sub_(move[:, :-1])
