@@ -377,3 +377,38 @@ def test_an_optimizer_that_is_none(value: object) -> None:
     assert all(router.fast is None for router in _routers(model)), "nothing is left on the model"
     with RouterAdapter(model, bucket=None) as adapter:
         assert adapter.score_and_learn(random_tokens(4, 12)).learned
+
+
+# -- when something breaks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+def test_a_part_that_breaks_leaves_nothing_half_done(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when memory runs out: the error comes through, and what was learned is as before the batch."""
+    model, ids = _model("priced"), random_tokens(8, 12)
+    with _adapter(model, steps=4) as adapter:
+        if not first:
+            assert adapter.score_and_learn(random_tokens(8, 12, seed=1)).learned
+        before = [p.detach().clone() for p in adapter.parameters()]
+        had_base, rate = adapter._learner.state.base is not None, adapter.lr
+        moments = [tensor.clone() for tensor in adapter._learner.live.optimizer.state_tensors()]
+        calls, score = [], learner.token_nll
+
+        def breaks(*given_args: Any) -> Any:
+            calls.append(None)
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError("no memory")
+            return score(*given_args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(learner, "token_nll", breaks)
+            with pytest.raises(torch.OutOfMemoryError):
+                adapter.score_and_learn(ids)
+        assert len(calls) == 4 and all(router.replay is None for router in _routers(model))
+        assert all(torch.equal(p, b) for p, b in zip(adapter.parameters(), before, strict=True))
+        after = adapter._learner.live.optimizer.state_tensors()
+        assert len(after) == len(moments) and all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+        assert (adapter._learner.state.base is not None) == had_base and adapter.lr == rate
+        spent_j = adapter.ledger.energy_j
+        assert adapter.ledger.counts["update"] == (1 if first else 2), "what two parts took was spent all the same"
+        assert adapter.score_and_learn(ids).learned and adapter.ledger.energy_j > spent_j > 0
