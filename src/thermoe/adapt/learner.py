@@ -229,7 +229,16 @@ class Learner:
             state.layers = chosen_layers(self.settings.layers, live.fast, scored.seen)
         paid = [0.0]
         given = self._given(scored, parts, paid) if len(parts) > 1 else [(self._all_of(scored), scored.seen)]
-        outcome = update(live, state, given, scored.seen, scored.counted, scored.real)
+        before = state.base if first else Learned.of(live.fast, live.optimizer, live.objective)
+        assert before is not None
+        try:
+            outcome = update(live, state, given, scored.seen, scored.counted, scored.real)
+        except BaseException:  # memory that ran out between two parts, say: what they taught goes, what they took stays
+            before.restore(live.fast, live.optimizer, live.objective)
+            state.base = None if first else state.base
+            if paid[0]:
+                live.account.spend("update", batch.tokens, 2 * paid[0], since_s)
+            raise
         if live.objective.needs_graph:  # a backward to the activations costs as much as the forward did
             joules = 2 * paid[0] if len(parts) > 1 else scored.served_j
             live.account.spend("update", batch.tokens, joules, since_s)
