@@ -25,9 +25,9 @@ from thermoe.routers.fast_weights import FastWeights
 DIRECTIONS, SPARE, PASSES = 64, 8, 4
 #: Averaging of steps and of their sizes.
 BETAS = (0.9, 0.999)
-#: Least size of a gradient: its share of the layer's mean, and in the unit of AdamW's epsilon. Experts that no token
-#: chose have gradients that are rounding alone, and must not move as far as the others by it.
-LEAST_SIZE, EPSILON = 1e-2, 1e-8
+#: The gradient of an expert that no token used is what rounding leaves of 0, and would be blown up to a whole step. An
+#: expert stays where the size of its gradient is at most this, as a share of the largest in its layer or in nats.
+ROUNDING_FRAC, ROUNDING = 1e-4, 1e-9
 #: What a step writes to, and what a layer keeps; the rest of a state is shared by its copies.
 MOMENTS = ("mean", "square")
 KEPT = ("count", *MOMENTS, "damping", "vectors", "added")
@@ -82,8 +82,8 @@ class NaturalStep:
             state["square"].lerp_((natural * gradient_EC).mean(1, keepdim=True), 1 - BETAS[1])
             mean = state["mean"] / (1 - BETAS[0] ** state["count"])
             size = (state["square"] / (1 - BETAS[1] ** state["count"])).sqrt()
-            least = LEAST_SIZE * size.square().mean().sqrt() + EPSILON / state["damping"].sqrt()
-            move = self.lr * mean / (size + least)
+            unused = size <= (ROUNDING_FRAC * size.amax()).clamp(min=ROUNDING)  # not so for NaN, which has to be seen
+            move = torch.where(unused, 0, self.lr * mean / size.clamp(min=ROUNDING))
             fast.delta.sub_(move[:, -1])
             if fast.matrix is not None:
                 fast.matrix.sub_(move[:, :-1])

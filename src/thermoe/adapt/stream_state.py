@@ -41,7 +41,7 @@ PLAIN = (
     *("cusum", "shadow_batch", "shadow_nats", "standardised", "last_read"),
 )
 #: Texts of a stream that are told apart; then the one that was not read for longest makes room.
-MOST_TEXTS = 8
+MOST_TEXTS = 4
 HELD = ("batch", "input_ids", "mask", "counted", "tokens", "evidence")
 
 
