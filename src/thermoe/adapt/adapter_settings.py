@@ -15,6 +15,7 @@ from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.routers.fast_weights import FastWeights
 
 LAYER_CHOICES = ("all", "top_half")
+LEARN_ON = ("served", "unsteered", "both")
 
 
 def check_number(name: str, value: Any, fits: bool, accepted: str, usual: object) -> None:
@@ -30,7 +31,7 @@ def check_settings(**settings: Any) -> None:
         ConfigError: one is outside its range.
     """
     rules: dict[str, tuple[Any, str, object]] = {
-        "lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0", 5e-4),
+        "lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-3),
         "anchor": (lambda x: 0 < x <= 1, "a number above 0 and at most 1", 0.99),
         "max_grad_norm": (lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
         "min_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of at least 0", 0),
@@ -47,12 +48,20 @@ def check_settings(**settings: Any) -> None:
         check_number(name, value, number and fits(value), accepted, usual)
 
 
-def check_switch(name: str, value: Any) -> None:
-    """Raise a ConfigError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+def check_reading(by_text: Any, learn_on: Any, percentiles: Any) -> None:
+    """Check how batches are read.
+
+    Raises:
+        ConfigError: ``by_text`` is not True or False, or ``percentiles`` not (low, high) in 0..100 or ``None``.
+        UnknownNameError: ``learn_on`` is no such choice.
+    """
+    if not isinstance(by_text, bool):
         raise ConfigError(
-            f"{name} is {value!r}", where=f"adapt.{name}", accepted="True or False", fix="leave it at True"
+            f"by_text is {by_text!r}", where="adapt.by_text", accepted="True or False", fix="leave it at True"
         )
+    if not isinstance(learn_on, str) or learn_on not in LEARN_ON:
+        raise UnknownNameError.of("choice to learn on", str(learn_on), LEARN_ON, where="adapt.learn_on")
+    check_percentiles(percentiles)
 
 
 def guards_of(given: Any, anchor: float | None) -> Safeguards:
@@ -66,7 +75,7 @@ def guards_of(given: Any, anchor: float | None) -> Safeguards:
             f"the safeguards are {given!r}",
             where="adapt.safeguards",
             accepted="a Safeguards, or None for all",
-            fix="use Safeguards(kl_cap=0.05, judge=True)",
+            fix="use Safeguards(kl_cap=0.3, judge=True)",
         )
     guards = given or Safeguards()
     return guards if anchor is None else replace(guards, anchor=anchor)

@@ -65,7 +65,7 @@ class Safeguards:
         ConfigError: a number is outside its range.
     """
 
-    kl_cap: float | None = 0.05
+    kl_cap: float | None = 0.3
     anchor: float = 0.99
     retreat: float = 0.9
     judge: bool = True
@@ -78,7 +78,7 @@ class Safeguards:
     def __post_init__(self) -> None:
         positive = "a finite number above 0, or None for none"
         for name, fits, accepted, usual in (
-            ("kl_cap", self.kl_cap is None or (_real(self.kl_cap) and 0 < self.kl_cap < math.inf), positive, 0.05),
+            ("kl_cap", self.kl_cap is None or (_real(self.kl_cap) and 0 < self.kl_cap < math.inf), positive, 0.3),
             ("anchor", _real(self.anchor) and 0 < self.anchor <= 1, "a number above 0 and at most 1", 0.99),
             ("retreat", _real(self.retreat) and 0 < self.retreat <= 1, "a number above 0 and at most 1", 0.9),
             ("judge", isinstance(self.judge, bool), "True or False", True),

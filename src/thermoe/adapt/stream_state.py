@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.learning_bucket import Cadence
+from thermoe.adapt.natural_step import DIRECTIONS
 from thermoe.adapt.objectives import Objective
 from thermoe.adapt.reading import HeldRows, HeldText
 from thermoe.adapt.text_memory import BINS, nearest, remember
@@ -40,8 +41,9 @@ PLAIN = (
     ),
     *("cusum", "shadow_batch", "shadow_nats", "standardised", "last_read"),
 )
-#: Texts of a stream that are told apart; then the one that was not read for longest makes room.
-MOST_TEXTS = 4
+#: Texts of a stream that are told apart, as many as `MEMORY_FRAC` of the model's bytes hold; then the one of which the
+#: fewest batches were read makes room, so that a stray batch does not push out what was learned for long.
+LEAST_TEXTS, MOST_TEXTS, MEMORY_FRAC = 2, 8, 0.04
 HELD = ("batch", "input_ids", "mask", "counted", "tokens", "evidence")
 
 
@@ -222,12 +224,13 @@ class Stream:
             return self.at  # nothing was read yet
         return nearest(counts, known)
 
-    def make_room(self, fresh: StreamState) -> int:
-        """Put the state of a new text in, and return its place."""
-        if len(self.texts) < MOST_TEXTS:
+    def make_room(self, fresh: StreamState, most: int) -> int:
+        """Put the state of a new text in, of at most ``most``, and return its place."""
+        if len(self.texts) < most:
             self.texts.append(fresh)
             return len(self.texts) - 1
-        place = min((i for i in range(len(self.texts)) if i != self.at), key=lambda i: self.texts[i].last_read)
+        others = [(text.batches, text.last_read, place) for place, text in enumerate(self.texts) if place != self.at]
+        place = min(others)[-1]
         self.gone.update({name: getattr(self.texts[place], name) for name in COUNTERS})
         self.texts[place] = fresh
         return place
@@ -241,3 +244,13 @@ class Stream:
         """Return copies."""
         texts = [text.state_dict() for text in self.texts]
         return {"at": self.at, "reads": self.reads, "gone": dict(self.gone), "texts": texts}
+
+
+def most_texts(model: nn.Module, fast: Mapping[str, FastWeights]) -> int:
+    """Return how many texts a stream may tell apart: each keeps fast weights, moments, the last move and directions."""
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = 0
+    for one in fast.values():
+        width = 1 if one.matrix is None else one.matrix.shape[1] + 1
+        own += 3 * one.num_experts * width + min(DIRECTIONS, width) * width
+    return min(MOST_TEXTS, max(LEAST_TEXTS, int(MEMORY_FRAC * whole / (4 * own))))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.reading import HeldText
-from thermoe.adapt.stream_state import Learned, Stream, StreamState
+from thermoe.adapt.stream_state import Learned, Stream, StreamState, most_texts
 from thermoe.adapt.update import LEAST_LR_FRAC, Live
 
 DEFAULT_STREAM = "default"
@@ -31,6 +31,7 @@ class Streams:
 
     def __init__(self, live: Live, lr: float, new_state: Callable[[], StreamState]) -> None:
         self._live, self._lr, self._new_state = live, lr, new_state
+        self._most = most_texts(live.model, live.fast)
         self.name = DEFAULT_STREAM
         self.by_name: dict[str, Stream] = {self.name: Stream([new_state()])}
 
@@ -45,7 +46,7 @@ class Streams:
         place = stream.place_of(counts)
         if place != stream.at:
             self._park()
-            stream.at = stream.make_room(self._new_state()) if place is None else place
+            stream.at = stream.make_room(self._new_state(), self._most) if place is None else place
             self._take_up()
         stream.note(counts)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
-from thermoe.adapt.adapter_settings import check_percentiles, check_settings, check_switch, chosen_layers, guards_of
+from thermoe.adapt.adapter_settings import check_reading, check_settings, chosen_layers, guards_of
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
 from thermoe.adapt.judging import without_fast
@@ -60,11 +60,13 @@ class RouterAdapter:
         optimizer: "natural" (`natural_step.py`), "adamw", or "muon" for the matrices.
         steps: of the optimiser per batch, each on a part of its sequences (`learning_parts.py`); 1 where gradients are
             collected, and for objectives that take none.
+        learn_on: the choice of experts that steps learn on: "served", what the whole batch was given; "unsteered", each
+            token's own top-k, whatever price or capacity; or "both" in turn.
         by_text: keep fast weights of its own for each text, told apart by its tokens before it is scored
             (`text_memory.py`); a text that comes back finds what was learned of it.
         layers: "all"; "top_half", the layers whose routers are the most confident on the first batch; or positions or
             names of layers.
-        percentiles: learn from tokens whose loss lies between these percentiles of their batch alone.
+        percentiles: learn from tokens whose loss lies between these percentiles of their batch.
         min_tokens: collect batches until so many tokens are behind an update; 0 is an update at every batch.
         held_frac: share of the rows of a batch that nothing is learned from, at least one row; of a single row, its
             end. They are what the safeguards judge by; 0 leaves these without eyes.
@@ -91,7 +93,7 @@ class RouterAdapter:
         self,
         model: nn.Module,
         *,
-        lr: float = 5e-4,
+        lr: float = 1e-3,
         anchor: float | None = None,
         max_grad_norm: float = 1.0,
         family: str = "full",
@@ -99,7 +101,7 @@ class RouterAdapter:
         objective: str = "next_token",
         optimizer: str = "natural",
         steps: int = 4,
-        learn_on: str = "served",
+        learn_on: str = "both",
         by_text: bool = True,
         layers: str | Sequence[int | str] = "all",
         percentiles: tuple[float, float] | None = None,
@@ -113,23 +115,15 @@ class RouterAdapter:
     ) -> None:
         check_settings(lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac)
         check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
-        check_switch("by_text", by_text)
-        check_percentiles(percentiles)
+        check_reading(by_text, learn_on, percentiles)
         self.model, self.safeguards = model, guards_of(safeguards, anchor)
         self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
         self.family, self.objective = family, objective
         make = OBJECTIVES.get(objective, where="adapt.objective")
         settings = ReadSettings(
-            lr=lr,
-            layers=layers,
-            percentiles=percentiles,
-            held_frac=held_frac,
-            min_gain_per_j=min_gain_per_j,
-            steps=steps,
-            learn_on=learn_on,
-            by_text=by_text,
-            seed=seed,
-        )
+            lr=lr, layers=layers, percentiles=percentiles, held_frac=held_frac, min_gain_per_j=min_gain_per_j,
+            steps=steps, learn_on=learn_on, by_text=by_text, seed=seed,
+        )  # fmt: skip
         self._mode: str | None = None
         self._last: AdaptStep | None = None
         with torch.inference_mode(False):

@@ -197,7 +197,7 @@ def test_the_gradients_of_the_parts_are_that_of_the_batch(kind: str | None, weig
     weights = torch.rand(7, 12, generator=torch.Generator().manual_seed(1)) if weighted else None
     found = []
     for steps in (1, 3):
-        with _adapter(_model(kind), lr=0.0, steps=steps, safeguards=OFF) as adapter:
+        with _adapter(_model(kind), lr=0.0, steps=steps, safeguards=OFF, learn_on="served") as adapter:
             seen = _watched(adapter)
             adapter.score_and_learn(ids, weights=weights)
             assert len(seen) == steps and not any(p.any() for p in adapter.parameters())
@@ -299,10 +299,63 @@ def test_a_run_depends_on_no_global_generator_and_moves_none() -> None:
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", list(TOGETHER))
+@pytest.mark.parametrize("learn_on", ["served", "unsteered", "both"])
+def test_steps_learn_on_what_was_served_or_on_each_tokens_own_choice(kind: str, learn_on: str) -> None:
+    model, ids = _model(kind), random_tokens(8, 12)
+    with torch.no_grad():
+        model(ids)
+    served = {name: d.expert_index.view(8, 12, -1) for name, d in collect_routing(model).items()}
+    given: list[dict[str, Tensor]] = []
+    with _adapter(model, lr=0.0, steps=4, safeguards=OFF, learn_on=learn_on) as adapter:
+        objective: Any = adapter._learner.live.objective
+        learn = objective.learn
+        layers = dict(moe_layers(model))
+        forward = {name: layer.router.forward for name, layer in layers.items()}
+        answers: dict[str, Any] = {}
+
+        def noting(name: str) -> Any:
+            def route(*args: Any) -> Any:
+                answers[name] = forward[name](*args)
+                return answers[name]
+
+            return route
+
+        def watch(batch: LearnBatch) -> Proposal:
+            rows = [ids.tolist().index(row) for row in batch.input_ids.tolist()]
+            found = {}
+            for name, decision in answers.items():
+                own = decision.logits.topk(3, -1).indices.sort().values
+                chosen = decision.expert_index.sort().values
+                as_served = served[name][rows].flatten(0, 1).sort().values
+                found[name] = torch.tensor([torch.equal(chosen, as_served), torch.equal(chosen, own)])
+            given.append(found)
+            return learn(batch)
+
+        objective.learn = watch
+        for name, layer in layers.items():
+            layer.router.forward = noting(name)  # type: ignore[method-assign]
+        assert adapter.score_and_learn(ids).verdict == "skipped", "a step of length 0"
+        for layer in layers.values():
+            del layer.router.forward
+            assert layer.router.replay is None and not layer.router.unsteered
+    free = {"served": [False] * 4, "unsteered": [True] * 4, "both": [False, True, False, True]}[learn_on]
+    for found, without in zip(given, free, strict=True):
+        for as_served, own in found.values():
+            assert own if without else as_served
+    assert any(not own for found in given for _, own in found.values()) or learn_on == "unsteered"
+
+
+@pytest.mark.parametrize("value", ["free", None, 3, True])
+def test_a_choice_to_learn_on_that_there_is_not(value: Any) -> None:
+    with pytest.raises(ThermoeError, match="served"):
+        RouterAdapter(_model(), learn_on=value)
+
+
 @pytest.mark.parametrize("kind", [None, "priced"])
 def test_parts_cost_twice_their_forwards_and_are_one_piece_of_work(kind: str | None) -> None:
     model, ids = _model(kind), random_tokens(8, 12)
-    with _adapter(model, lr=0.0, steps=4, safeguards=OFF) as adapter:
+    with _adapter(model, lr=0.0, steps=4, safeguards=OFF, learn_on="served") as adapter:
         seen, account = _watched(adapter), adapter._learner.live.account
         for count in (1, 2):
             step = adapter.score_and_learn(ids)

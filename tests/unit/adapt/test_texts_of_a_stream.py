@@ -10,14 +10,16 @@ import pytest
 import torch
 from reading_model import batches, trained_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from thermoe.adapt import learner, stream_state
+from thermoe.adapt import learner, streams
 from thermoe.adapt.judging import Judged
 from thermoe.adapt.safeguards import Safeguards, Verdict
+from thermoe.adapt.stream_state import most_texts
 from thermoe.adapt.test_time import RouterAdapter
 from thermoe.errors import CheckpointError
 from thermoe.evaluation import sequence_nll
+from thermoe.routers.fast_weights import FastWeights
 from thermoe.testing import random_tokens, tiny_moe
 
 ROWS, LENGTH, WORDS = 8, 24, 16
@@ -68,6 +70,12 @@ def _same(one: Any, two: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return type(one) is type(two) and len(one) == len(two) and all(map(_same, one, two))
     return bool(one == two)
+
+
+@pytest.fixture(autouse=True)
+def room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is so small that the memory of a session would hold two texts."""
+    monkeypatch.setattr(streams, "most_texts", lambda *_: 8)
 
 
 # -- each text by itself -----------------------------------------------------------------------------------------------
@@ -314,12 +322,12 @@ def test_the_text_that_is_read_is_saved_with_the_model(tmp_path: Path) -> None:
 # -- more texts than are kept ------------------------------------------------------------------------------------------
 
 
-def test_the_text_not_read_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_state, "MOST_TEXTS", 3)
+def test_the_text_of_which_least_was_read_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "most_texts", lambda *_: 3)
     model = _model()
     frozen = {name: _frozen(model, _text(name, 50)) for name in "ABCD"}
     with _adapter(model) as adapter:
-        _read(adapter, "AABC")
+        _read(adapter, "AABCC")
         of_c = _fast(adapter)
         _read(adapter, "A", 4)
         of_a = _fast(adapter)
@@ -334,7 +342,7 @@ def test_the_text_not_read_for_longest_makes_room(monkeypatch: pytest.MonkeyPatc
 
 
 def test_counters_are_of_all_texts_even_of_those_that_made_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_state, "MOST_TEXTS", 2)
+    monkeypatch.setattr(streams, "most_texts", lambda *_: 2)
     model = _model()
     with _adapter(model) as adapter:
         verdicts = []
@@ -354,9 +362,21 @@ def test_counters_are_of_all_texts_even_of_those_that_made_room(monkeypatch: pyt
 
 
 def test_what_made_room_takes_its_memory_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_state, "MOST_TEXTS", 2)
+    monkeypatch.setattr(streams, "most_texts", lambda *_: 2)
     with _adapter(_model()) as adapter:
         _read(adapter, "AB")
         two = len(adapter.state_dict()["streams"]["default"]["texts"])
         _read(adapter, "CDABCD", 2)
         assert len(adapter.state_dict()["streams"]["default"]["texts"]) == two == 2
+
+
+def test_how_many_texts_there_is_room_for_follows_from_the_size_of_the_model() -> None:
+    with torch.device("meta"):
+        large = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=768, n_inner=3072))
+    fast = {f"layer {i}": FastWeights(768, 8) for i in range(12)}
+    few = most_texts(large, fast)
+    kept = sum(3 * 8 * 769 + 64 * 769 for _ in fast) * 4
+    whole = sum(p.numel() * 4 for p in large.parameters())
+    assert 2 < few < 8 and few * kept <= 0.04 * whole < (few + 1) * kept
+    assert most_texts(_model(), fast) == 2, "as few as can be told apart at all"
+    assert most_texts(large, {"layer": FastWeights(768, 8)}) == 8
