@@ -51,7 +51,7 @@ class Safeguards:
         anchor: factor on the fast weights after each update, in (0, 1]; 1 is no pull to the trained router.
         judge: keep or undo updates by what they do to held-back tokens. Undone means fast weights, moments and step
             size as they were, bit for bit; then the step size is halved, and four acceptances bring it back. After
-            three rejections in a row the routers return to the trained ones and rest for 20 batches.
+            three rejections in a row nothing is learned for eight batches; what was accepted before stays.
         judge_tokens: held-back tokens for a verdict.
         judge_tokens_most: as many are kept, and looked at where fewer are too noisy.
         shadow: score the trained routers beside the adapted ones now and then, and reset where these are worse.
