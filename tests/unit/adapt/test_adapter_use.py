@@ -74,11 +74,13 @@ def test_a_step_size_of_zero_reproduces_the_frozen_model(settings: dict[str, Any
 
 def test_t16_a_stream_that_comes_home_has_forgotten_nothing() -> None:
     model = trained_model()
-    home, end = batches("prose", 6), batches("prose", 6, start=6)
-    frozen = _frozen(model, end)
-    with _adapter(model, safeguards=Safeguards(judge_tokens=252), held_frac=0.25) as adapter:
-        for batch in [*home, *batches("code", 6), *batches("verse", 6)]:
+    home, verse, end = batches("prose", 6), batches("verse", 6), batches("prose", 6, start=6)
+    before, frozen = _frozen(model, verse), _frozen(model, end)
+    with RouterAdapter(model, bucket=None, held_frac=0.25, safeguards=Safeguards(judge_tokens=252)) as adapter:
+        for batch in [*home, *batches("code", 6)]:
             adapter.score_and_learn(batch)
+        shifted = [adapter.score_and_learn(batch).sequence_nll for batch in verse]
+        assert _mean(shifted[3:]) < _mean(before[3:]) - 0.03, "there was something to forget it for"
         scores = [adapter.score_and_learn(batch).sequence_nll for batch in end]
         assert _mean(scores[1:]) <= _mean(frozen[1:]) + 0.01
         adapter.reset()

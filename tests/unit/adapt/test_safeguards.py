@@ -219,7 +219,7 @@ def test_t14_what_is_plainly_another_text_does_not_reach_what_was_learned() -> N
     model, home = trained_model(), _long(4)
     ends = []
     for poisoned in (False, True):
-        with RouterAdapter(model, bucket=None, lr=0.1) as adapter:
+        with RouterAdapter(model, bucket=None, lr=0.01) as adapter:
             steps = [adapter.score_and_learn(batch) for batch in home[:3]]
             assert steps[-1].learned and {step.text for step in steps} == {0}
             if poisoned:
