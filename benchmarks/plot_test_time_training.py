@@ -28,6 +28,7 @@ POLICIES = {
     "all": ("all experts", "k"),
     "half": ("half of the distinct experts", "tab:blue"),
     "quarter": ("a quarter", "tab:green"),
+    "quarter-of-layer": ("a quarter of the layer's", "tab:purple"),
     "oea1": ("OEA k0=1", "tab:orange"),
 }
 LEARNERS = {

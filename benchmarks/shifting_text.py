@@ -28,7 +28,15 @@ from thermoe.energy.cost_model import CostModel
 from thermoe.evaluation import sequence_nll
 
 #: What each segment of the stream is read from; both segments of novels are of other pages.
-SEGMENTS = (("novels-1", "novels"), ("python", "python"), ("shakespeare", "shakespeare"), ("novels-2", "novels"))
+SEGMENTS = (
+    ("novels-1", "novels"),
+    ("python", "python"),
+    ("shakespeare", "shakespeare"),
+    ("wikitext", "wikitext"),
+    ("novels-2", "novels"),
+)
+#: Texts that the model was trained on; the others are shifted.
+TRAINED_ON = ("novels", "python")
 ORDERS = ("segments", "interleaved")
 
 
@@ -45,7 +53,7 @@ class Texts:
     """Token files cut into three parts without overlap: what is reported, what settings are chosen on, calibration.
 
     Args:
-        folder: holds valid_novels.npy, valid_python.npy and shakespeare.npy (or valid_shakespeare.npy).
+        folder: holds NAME.npy or valid_NAME.npy for novels, python, shakespeare and wikitext.
         batch: B.
         length: S.
         reported: batches of each segment that is reported.
@@ -66,11 +74,11 @@ class Texts:
                     rows = tables[text][used[text] : used[text] + batch]
                     used[text] += batch
                     part.append(Batch(segment, number, rows))
-        learned = {text: used[text] + (0 if text == "shakespeare" else calibration) for text in tables}
+        learned = {text: used[text] + (calibration if text in TRAINED_ON else 0) for text in tables}
         for text, needed in learned.items():
             if needed > len(tables[text]):
                 raise SystemExit(f"{text} has {len(tables[text])} rows of {length} tokens; {needed} are needed")
-        self.calibration = torch.cat([tables[text][used[text] : learned[text]] for text in ("novels", "python")])
+        self.calibration = torch.cat([tables[text][used[text] : learned[text]] for text in TRAINED_ON])
         self.sizes = {text: len(table) for text, table in tables.items()}
 
     @staticmethod

@@ -1,13 +1,14 @@
 """Test-time training of the routers on a stream whose domain shifts: perplexity, and joules with those of learning in.
 
 python benchmarks/test_time_training.py grid|stream|joules --model FOLDER --data DATA --out runs/test-time-training
-(FOLDER: a model saved by convergence.py --save; DATA: valid_novels.npy, valid_python.npy, shakespeare.npy of
-prepare_tokens.py.)
+(FOLDER: a model saved by convergence.py --save; DATA: valid_novels.npy, valid_python.npy, shakespeare.npy and
+wikitext.npy of prepare_tokens.py.)
 
 grid: every combination of --grid on a validation part of each text that the other parts never read.
-stream: novels -> Python -> Shakespeare -> other novels, and the same batches interleaved; each policy (all experts;
-    prices that leave about a half and a quarter of the distinct experts; OEA k0=1) read frozen, with learning routers,
-    and with all weights learning. Scored before learned, 16 sequences routed as if decoded together.
+stream: novels -> Python -> Shakespeare -> WikiText -> other novels, and the same batches interleaved; each policy (all
+    experts; prices that leave a half and a quarter of the distinct experts, or a quarter of the experts of a layer;
+    OEA k0=1) read frozen, with learning routers, and with all weights learning. Scored before learned, 16 sequences
+    routed as if decoded together.
 joules: decoding of each policy (CUDA graphs), scoring, scoring + learning, each between two ticks of the counter, in
     two passes of opposite order; joules per token = decoding + learning at the cadence of the stream.
 
@@ -53,13 +54,13 @@ from thermoe.runtime import environment_fingerprint
 from thermoe.telemetry import EnergyMeter
 
 LEARNERS = ("frozen", "adapted", "all_weights")
-#: Policies with a price, and the share of top-k's distinct experts it is set for.
-SHARES = {"half": 0.5, "quarter": 0.25}
+#: Policies with a price, and the share of top-k's distinct experts, or of a layer's, that it is set for.
+SHARES = {"half": 0.5, "quarter": 0.25, "quarter-of-layer": 0.25}
 
 
 def set_policy(model: nn.Module, args: argparse.Namespace, policy: str, *, grouped: bool) -> None:
     """Give the model a policy by name."""
-    kind, price = {"all": ("topk", 0.0), "oea1": ("oea", 1.0)}.get(policy) or ("priced", args.prices[policy])
+    kind, price = {"all": ("topk", 0.0), "oea1": ("oea", 1.0)}.get(policy) or ("priced-f4", args.prices[policy])
     install(model, args, kind, price, grouped=grouped)
 
 
@@ -78,15 +79,17 @@ def find_prices(model: nn.Module, args: argparse.Namespace, rows: Tensor) -> Non
     install(model, args, "topk", 0.0)
     args.distinct_all = distinct_experts(model, rows, args.batch)
     args.prices = {}
+    layer = next(iter(routed_modules(model)))[1].router.num_experts
     for policy, share in SHARES.items():
+        wanted = share * (layer if policy.endswith("-of-layer") else args.distinct_all)
         low, high = math.log(1e-4 * args.mean), math.log(1e3 * args.mean)
         for _ in range(args.bisections):
             middle = (low + high) / 2
-            install(model, args, "priced", math.exp(middle), grouped=True)
-            many = distinct_experts(model, rows, args.batch) > share * args.distinct_all
+            install(model, args, "priced-f4", math.exp(middle), grouped=True)
+            many = distinct_experts(model, rows, args.batch) > wanted
             low, high = (middle, high) if many else (low, middle)
         args.prices[policy] = math.exp((low + high) / 2)
-        install(model, args, "priced", args.prices[policy], grouped=True)
+        install(model, args, "priced-f4", args.prices[policy], grouped=True)
         left = distinct_experts(model, rows, args.batch)
         print(f"{policy}: price {args.prices[policy]:.4g} nats per opened expert leaves {left:.2f} of "
               f"{args.distinct_all:.2f} distinct experts", flush=True)  # fmt: skip
@@ -171,7 +174,7 @@ def run_stream(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
     scores: Scores = {}
     rival = {"lr": args.all_lr, "anchor": args.all_anchor}
     for policy in args.policies:
-        for learner in args.learners:
+        for learner in args.learners[: 1 if policy in args.frozen_only else None]:
             for order in ORDERS[:1] if learner == "frozen" else args.orders:
                 set_policy(model, args, policy, grouped=True)
                 rows, earned_j = [], served_j(model, args, texts)
@@ -213,7 +216,7 @@ def run_joules(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
     length, per_batch = batches[0].rows.shape[1], batches[0].rows.numel()
     learning = {"learn": "adapted", "decode_adapted": "adapted", "learn_all": "all_weights"}
     parts = ["decode", "score", *(what for what, learner in learning.items() if learner in args.learners)]
-    plan = [(policy, what) for policy in args.policies for what in parts]
+    plan = [(policy, what) for policy in args.policies if policy not in args.frozen_only for what in parts]
     with EnergyMeter(devices=args.device if args.device.startswith("cuda") else None) as meter:
         for number, order in enumerate((plan, plan[::-1])):
             for policy, what in order:
@@ -335,6 +338,7 @@ def main() -> None:
     parser.add_argument("--calibration-rows", type=int, default=32, help="of each text that the model was trained on")
     parser.add_argument("--bisections", type=int, default=14)
     parser.add_argument("--policies", nargs="+", default=["all", *SHARES, "oea1"])
+    parser.add_argument("--frozen-only", nargs="*", default=[], help="policies that are read frozen, as the baseline")
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=LEARNERS)
     parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=ORDERS)
     parser.add_argument("--adapt", nargs="+", type=option, default=[], metavar="NAME=VALUE")

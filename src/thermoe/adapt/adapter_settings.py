@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from thermoe.adapt.reading import RouterInput
+from thermoe.adapt.safeguards import Safeguards
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.routers.fast_weights import FastWeights
 
 LAYER_CHOICES = ("all", "top_half")
+LEARN_ON = ("served", "unsteered", "both")
 
 
 def check_number(name: str, value: Any, fits: bool, accepted: str, usual: object) -> None:
@@ -22,7 +25,7 @@ def check_number(name: str, value: Any, fits: bool, accepted: str, usual: object
 
 
 def check_settings(**settings: Any) -> None:
-    """Check numbers by name.
+    """Check numbers by name; ``None`` is left alone where it means that there is none.
 
     Raises:
         ConfigError: one is outside its range.
@@ -33,13 +36,49 @@ def check_settings(**settings: Any) -> None:
         "max_grad_norm": (lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
         "min_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of at least 0", 0),
         "held_frac": (lambda x: 0 <= x < 1, "a number from 0 to below 1", 0.125),
+        "steps": (lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1", 4),
         "seed": (lambda x: isinstance(x, int), "an integer", 0),
         "min_gain_per_j": (lambda x: 0 <= x < math.inf, "a finite number of at least 0, or None", None),
     }
     for name, value in settings.items():
+        if value is None and name in ("anchor", "min_gain_per_j"):
+            continue
         fits, accepted, usual = rules[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         check_number(name, value, number and fits(value), accepted, usual)
+
+
+def check_reading(by_text: Any, learn_on: Any, percentiles: Any) -> None:
+    """Check how batches are read.
+
+    Raises:
+        ConfigError: ``by_text`` is not True or False, or ``percentiles`` not (low, high) in 0..100 or ``None``.
+        UnknownNameError: ``learn_on`` is no such choice.
+    """
+    if not isinstance(by_text, bool):
+        raise ConfigError(
+            f"by_text is {by_text!r}", where="adapt.by_text", accepted="True or False", fix="leave it at True"
+        )
+    if not isinstance(learn_on, str) or learn_on not in LEARN_ON:
+        raise UnknownNameError.of("choice to learn on", str(learn_on), LEARN_ON, where="adapt.learn_on")
+    check_percentiles(percentiles)
+
+
+def guards_of(given: Any, anchor: float | None) -> Safeguards:
+    """Return the safeguards that are meant, all by default, with the anchor that is given beside them.
+
+    Raises:
+        ConfigError: these are none.
+    """
+    if given is not None and not isinstance(given, Safeguards):
+        raise ConfigError(
+            f"the safeguards are {given!r}",
+            where="adapt.safeguards",
+            accepted="a Safeguards, or None for all",
+            fix="use Safeguards(kl_cap=0.3, judge=True)",
+        )
+    guards = given or Safeguards()
+    return guards if anchor is None else replace(guards, anchor=anchor)
 
 
 def check_percentiles(given: Any) -> None:

@@ -1,4 +1,4 @@
-"""Reads batches for an adapter: scores, learns, judges, and keeps the streams apart.
+"""Reads batches for an adapter: scores, learns, judges.
 
 Shape letters: B sequences, S positions.
 """
@@ -9,15 +9,14 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from thermoe.adapt.adapter_settings import chosen_layers
-from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.judging import SHADOW_TOKENS, Judged, Known, forwards_bound_j, judge_rows, judge_update, shadow
 from thermoe.adapt.learning_bucket import Cadence
+from thermoe.adapt.learning_parts import choices, parts_of, replayed, unsteered
 from thermoe.adapt.learning_report import AdaptStep
 from thermoe.adapt.objectives import LearnBatch
 from thermoe.adapt.reading import (
@@ -32,19 +31,11 @@ from thermoe.adapt.reading import (
     some_rows,
     token_nll,
 )
-from thermoe.adapt.safeguards import (
-    ACCEPTS_TO_RECOVER,
-    CHEAP_FRAC,
-    COOL_DOWN,
-    OFTEN,
-    REJECTS_TO_REST,
-    Paired,
-    cusum,
-)
+from thermoe.adapt.safeguards import CHEAP_FRAC, COOL_DOWN, OFTEN, REJECTS_TO_REST, Paired, cusum
 from thermoe.adapt.stream_state import Learned, StreamState
-from thermoe.adapt.update import Live, Outcome, update
-
-DEFAULT_STREAM = "default"
+from thermoe.adapt.streams import Streams
+from thermoe.adapt.text_memory import profile
+from thermoe.adapt.update import Live, Outcome, Parts, update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +47,9 @@ class ReadSettings:
     percentiles: tuple[float, float] | None
     held_frac: float
     min_gain_per_j: float | None
+    steps: int
+    learn_on: str
+    by_text: bool
     seed: int
 
 
@@ -86,19 +80,20 @@ class Learner:
         settings: how batches are read.
 
     Attributes:
-        name, state: of the present stream.
-        streams: all of them.
+        streams: what was learned of which text.
     """
 
     def __init__(self, live: Live, settings: ReadSettings) -> None:
         self.live, self.settings = live, settings
-        self.name = DEFAULT_STREAM
-        self.state = self.new_state()
-        self.streams: dict[str, StreamState] = {self.name: self.state}
+        self.streams = Streams(live, settings.lr, self._new_state)
         self._start_j = 0.0
 
-    def new_state(self) -> StreamState:
-        """Return the state of a stream that was not read yet."""
+    @property
+    def state(self) -> StreamState:
+        """State of the present text of the present stream."""
+        return self.streams.present.state
+
+    def _new_state(self) -> StreamState:
         held = HeldText(self.live.safeguards.judge_tokens_most)
         return StreamState(held, Cadence(self.settings.min_gain_per_j))
 
@@ -112,6 +107,8 @@ class Learner:
 
     def read(self, batch: Batch) -> AdaptStep:
         """Score a batch, then learn from it where that is due and paid for."""
+        if self.settings.by_text:
+            self.streams.turn_to(profile(batch.input_ids, batch.mask))
         live, state, ledger = self.live, self.state, self.live.account.ledger
         state.batches += 1
         self._start_j = ledger.energy_j
@@ -119,16 +116,23 @@ class Learner:
         learning_j = ledger.energy_j - self._start_j
         state.waiting_j += learning_j
         state.skipped += step.verdict == "skipped"
-        return replace(step, learning_j=learning_j, provenance=live.account.costs.provenance, stream=self.name)
+        return replace(
+            step,
+            learning_j=learning_j,
+            provenance=live.account.costs.provenance,
+            stream=self.streams.name,
+            text=self.streams.present.at,
+        )
 
     def _read(self, batch: Batch) -> AdaptStep:
         live, state, bucket = self.live, self.state, self.live.account.bucket
-        held = hold_back(batch, self.settings.held_frac, f"{self.settings.seed}/{self.name}/{state.batches}")
+        held = hold_back(batch, self.settings.held_frac, self._seed("held"))
         weights, counted = batch.weights.masked_fill(held, 0), held & (batch.weights > 0)
         why_not = self._why_not(batch, weights, counted)
         learns = why_not is None
+        parts = self._parts(weights) if learns else []
         with (
-            torch.set_grad_enabled(learns and live.objective.needs_graph),
+            torch.set_grad_enabled(learns and live.objective.needs_graph and len(parts) == 1),
             record_inputs(live.fast if learns else {}, standardise=not state.standardised) as seen,
         ):
             nll, vocabulary = token_nll(live.model, batch.input_ids, batch.mask)
@@ -153,7 +157,7 @@ class Learner:
         if found is not None and found[1]:
             state.cadence.note_shift("the trained routers had become the better ones")
             return replace(self._reset(scored, f"the trained routers are better: {found[0]}"), shadow=found[0])
-        step = self._learn(scored) if why_not is None else scored.step(why_not)
+        step = self._learn(scored, parts) if why_not is None else scored.step(why_not)
         return step if found is None else replace(step, shadow=found[0])
 
     def _scored(
@@ -178,7 +182,10 @@ class Learner:
         if state.batches < due and state.chunk is None:
             return state.cadence.reason
         rows, length = batch.input_ids.shape
+        many = len(self._parts(weights))
         most_j = live.objective.bound_j(live.account.costs, rows, length)
+        if many > 1:
+            most_j = 2 * live.account.costs.bound_j(rows * length, forwards=many)
         collected = 0 if state.chunk is None else state.chunk[2]
         if guards.judge and collected + int((weights > 0).sum()) >= live.min_tokens:
             fresh, earlier = judge_rows(state, guards)
@@ -202,7 +209,16 @@ class Learner:
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def _learn(self, scored: _Scored) -> AdaptStep:
+    def _seed(self, use: str) -> str:
+        streams = self.streams
+        return f"{self.settings.seed}/{streams.name}/{streams.present.at}/{self.state.batches}/{use}"
+
+    def _parts(self, weights: Tensor) -> list[list[int]]:
+        """Return the sequences of each step, one part where gradients are collected or the objective takes none."""
+        many = self.settings.steps if self.live.objective.needs_graph and not self.live.min_tokens else 1
+        return parts_of(weights, many, self._seed("parts"))
+
+    def _learn(self, scored: _Scored, parts: Sequence[Sequence[int]]) -> AdaptStep:
         live, state, batch = self.live, self.state, scored.batch
         since_s, known, first = live.account.ledger.clock.now_s(), {}, state.base is None
         if first:
@@ -211,19 +227,21 @@ class Learner:
             known = {state.batches: (scored.nll.detach()[scored.counted], scored.served_j if whole else None)}
         if state.layers is None:
             state.layers = chosen_layers(self.settings.layers, live.fast, scored.seen)
-        given = LearnBatch(
-            live.model,
-            {name: live.fast[name] for name in state.layers},
-            batch.input_ids,
-            batch.mask,
-            scored.nll,
-            scored.weights,
-            zlib.crc32(f"{self.settings.seed}/{self.name}/{state.batches}".encode()),
-            live.account,
-        )
-        outcome = update(live, state, given, scored.seen, scored.counted, scored.real)
+        paid = [0.0]
+        given = self._given(scored, parts, paid) if len(parts) > 1 else [(self._all_of(scored), scored.seen)]
+        before = state.base if first else Learned.of(live.fast, live.optimizer, live.objective)
+        assert before is not None
+        try:
+            outcome = update(live, state, given, scored.seen, scored.counted, scored.real)
+        except BaseException:  # memory that ran out between two parts, say: what they taught goes, what they took stays
+            before.restore(live.fast, live.optimizer, live.objective)
+            state.base = None if first else state.base
+            if paid[0]:
+                live.account.spend("update", batch.tokens, 2 * paid[0], since_s)
+            raise
         if live.objective.needs_graph:  # a backward to the activations costs as much as the forward did
-            live.account.spend("update", batch.tokens, scored.served_j, since_s)
+            joules = 2 * paid[0] if len(parts) > 1 else scored.served_j
+            live.account.spend("update", batch.tokens, joules, since_s)
         if outcome.broken:
             return self._reset(scored, outcome.reason or "")
         if not outcome.moved:
@@ -233,6 +251,43 @@ class Learner:
         state.updates += 1
         state.update_batch = state.batches
         return self._follow(self._verdict(known), scored, outcome)
+
+    def _all_of(self, scored: _Scored) -> LearnBatch:
+        batch, state = scored.batch, self.state
+        return LearnBatch(
+            self.live.model,
+            {name: self.live.fast[name] for name in state.layers or ()},
+            batch.input_ids,
+            batch.mask,
+            scored.nll,
+            scored.weights,
+            zlib.crc32(self._seed("objective").encode()),
+            self.live.account,
+        )
+
+    def _given(self, scored: _Scored, parts: Sequence[Sequence[int]], paid: list[float]) -> Parts:
+        """Yield the parts of a batch, each read when it is its turn; add the joules of their forwards to ``paid``."""
+        live, batch, whole = self.live, scored.batch, self._all_of(scored)
+        chosen, learn_on = None, self.settings.learn_on
+        if rows_interact(live.routers()):
+            chosen = choices(live.model, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
+        for number, rows in enumerate(parts):
+            if not bool((scored.weights[rows] > 0).any()):
+                continue  # percentiles, which are known only now, left nothing of it
+            free = learn_on == "unsteered" or (learn_on == "both" and number % 2 == 1)
+            ids = batch.input_ids[rows]
+            mask = None if batch.mask is None else batch.mask[rows]
+            tokens = ids.numel() if mask is None else int(mask.sum())
+            with (
+                live.account.aside(tokens) as cost,
+                unsteered(live.model) if free else replayed(live.model, chosen, rows),
+                torch.enable_grad(),
+                record_inputs(live.fast) as seen,
+            ):
+                nll, _ = token_nll(live.model, ids, mask)
+            assert cost.energy_j is not None
+            paid[0] += cost.energy_j
+            yield replace(whole, input_ids=ids, attention_mask=mask, nll=nll, weights=scored.weights[rows]), seen
 
     def _verdict(self, known: Known) -> Judged:
         state, guards = self.state, self.live.safeguards
@@ -267,7 +322,6 @@ class Learner:
         if judged.verdict == "accepted":
             state.accepted += 1
             state.rejects_in_row = 0
-            live.optimizer.lr = min(self.settings.lr, live.optimizer.lr * 2 ** (1 / ACCEPTS_TO_RECOVER))
             gain = 0.0 if judged.paired is None else max(0.0, -judged.paired.mean) * state.waiting_tokens
         else:
             assert state.base is not None
@@ -275,6 +329,7 @@ class Learner:
             state.rejects_in_row += 1
             state.base.restore(live.fast, live.optimizer, live.objective)
             live.optimizer.lr /= 2
+            state.last_move = None
             step = replace(step, kl=None, reason=f"undone: {judged.reason}")
         here_j = live.account.ledger.energy_j - self._start_j
         if judged.paired is not None:
@@ -308,7 +363,7 @@ class Learner:
             return None
         counted = scored.real
         if not rows_interact(live.routers()):  # else the whole batch has to run, and all of it judges
-            chosen = some_rows(batch, SHADOW_TOKENS, f"{self.settings.seed}/{self.name}/{state.batches}/shadow")
+            chosen = some_rows(batch, SHADOW_TOKENS, self._seed("shadow"))
             counted = counted & chosen.to(counted.device).unsqueeze(-1)
         found = shadow(live, self._held_rows(batch, counted, evidence=True), scored.nll.detach()[counted])
         state.shadows += 1
@@ -321,55 +376,6 @@ class Learner:
         return any(bool(p.detach().any()) for fast in self.live.fast.values() for p in fast.parameters())
 
     def _reset(self, scored: _Scored, reason: str) -> AdaptStep:
-        self.reset()
+        self.streams.reset_text()
         self.state.resets += 1
         return scored.step(f"{reason}; the fast weights were reset", "reset")
-
-    # -- streams -------------------------------------------------------------------------------------------------------
-
-    def _clear(self) -> None:
-        live = self.live
-        for fast in live.fast.values():
-            fast.reset()
-        live.optimizer = FastOptimizer(live.optimizer.parameters, live.optimizer.kind, self.settings.lr)
-        live.objective.reset()
-
-    def reset(self) -> None:
-        """Return the present stream to the trained routers exactly."""
-        self._clear()
-        self.state.forget()
-
-    def go_to(self, name: str) -> None:
-        """Park the present stream and take up another."""
-        if name == self.name:
-            return
-        live = self.live
-        self.state.parked = Learned.of(live.fast, live.optimizer, live.objective)
-        self._clear()
-        self.name, self.state = name, self.streams.setdefault(name, self.new_state())
-        if self.state.parked is not None:
-            self.state.parked.restore(live.fast, live.optimizer, live.objective)
-            self.state.parked = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all streams."""
-        live = self.live
-        return {
-            "stream": self.name,
-            "streams": {name: state.state_dict() for name, state in self.streams.items()},
-            **Learned.of(live.fast, live.optimizer, live.objective).as_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned; raises what Python raises where it does not fit."""
-        if set(state["fast"]) != set(self.live.fast):
-            raise ValueError(f"the layers are {', '.join(state['fast'])}")
-        held = self.live.safeguards.judge_tokens_most
-        streams = {
-            name: StreamState.from_state(one, HeldText(held), self.settings.min_gain_per_j)
-            for name, one in state["streams"].items()
-        }
-        name, now = state["stream"], Learned(state["fast"], state["optimizer"], state["objective"])
-        present = streams[name]
-        now.restore(self.live.fast, self.live.optimizer, self.live.objective)
-        self.name, self.state, self.streams = name, present, streams

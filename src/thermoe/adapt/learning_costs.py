@@ -134,11 +134,19 @@ class LearningAccount:
         Yields:
             What it cost, known when the context is left.
         """
-        since_s, paid, served = self.ledger.clock.now_s(), Paid(), self.costs.decisions()
+        since_s = self.ledger.clock.now_s()
+        with self.aside(tokens, all_experts=all_experts) as paid:
+            yield paid
+        assert paid.energy_j is not None
+        self.spend(kind, tokens, paid.energy_j, since_s)
+
+    @contextmanager
+    def aside(self, tokens: int, *, all_experts: bool = False) -> Iterator[Paid]:
+        """Make one forward that serves nobody inside the context, as `forward` does, and leave paying to the caller."""
+        paid, served = Paid(), self.costs.decisions()
         try:
             with serving_nothing():
                 yield paid
             paid.energy_j = self.costs.last_forward_j(tokens, all_experts=all_experts)
-            self.spend(kind, tokens, paid.energy_j, since_s)
         finally:  # who looks at the model afterwards sees the routing of what was served
             self.costs.set_decisions(served)

@@ -11,7 +11,7 @@ from torch import Tensor
 from thermoe.adapt.learning_bucket import LearningBucket
 from thermoe.adapt.learning_work import LearningKind, LearningLedger
 from thermoe.adapt.safeguards import Paired
-from thermoe.adapt.stream_state import COUNTERS, StreamState
+from thermoe.adapt.stream_state import COUNTERS, Stream
 from thermoe.results import Provenance
 
 StepVerdict = Literal["accepted", "rejected", "deferred", "collected", "skipped", "reset"]
@@ -36,6 +36,7 @@ class AdaptStep:
         provenance: of ``learning_j``.
         shadow: adapted minus trained on held-back tokens; ``None`` where there was no shadow.
         stream: name of the stream.
+        text: which of the texts of the stream it was, from 0 in the order in which they came up.
     """
 
     sequence_nll: Tensor
@@ -51,15 +52,18 @@ class AdaptStep:
     provenance: Provenance = "estimated"
     shadow: Paired | None = None
     stream: str = "default"
+    text: int = 0
 
 
 def step_metrics(
-    step: AdaptStep | None, state: StreamState, lr: float, ledger: LearningLedger, bucket: LearningBucket
+    step: AdaptStep | None, stream: Stream, lr: float, ledger: LearningLedger, bucket: LearningBucket
 ) -> dict[str, Any]:
     """Return plain numbers and words; unknown is ``None``."""
-    judged = None if step is None else step.judged
+    judged, state = None if step is None else step.judged, stream.state
     return {
-        **{name: getattr(state, name) for name in COUNTERS},
+        **{name: stream.count(name) for name in COUNTERS},
+        "texts": len(stream.texts),
+        "text": stream.at,
         "lr": lr,
         "interval": state.cadence.interval,
         "interval_reason": state.cadence.reason,
@@ -90,6 +94,8 @@ def text_report(metrics: Mapping[str, Any], counts: Mapping[LearningKind, int], 
         f"some time, {m['skipped']} batches without one, {m['resets']} resets",
         f"step size: {m['lr']:.3g}; {m['interval_reason']}",
     ]
+    if m["texts"] > 1:
+        lines.append(f"texts: {m['texts']} told apart, number {m['text']} is read; figures below are of that one")
     if m["gain_nats_per_j"] is not None:
         lines.append(f"gain: {m['gain_nats_per_j']:.4g} nats per joule of learning, averaged over verdicts")
     if m["shadow_nats"] is not None:

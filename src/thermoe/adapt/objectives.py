@@ -77,7 +77,8 @@ class Objective(Protocol):
     """How to learn from a batch. One is made per adapter; streams of the adapter share it and exchange its state.
 
     Attributes:
-        needs_graph: whether the forward that scores has to keep its graph, so that gradients can be taken.
+        needs_graph: whether it takes gradients of what was scored, so that a forward has to keep its graph. Such an
+            objective is asked once per part of a batch, others once per batch.
     """
 
     needs_graph: bool

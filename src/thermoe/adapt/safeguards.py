@@ -31,8 +31,6 @@ NOISY_SE = 0.006
 #: Halvings of the search for the scale of the trust region, and how far below the cap it stays for rounding.
 BISECTIONS, ROUNDING = 20, 1e-4
 REJECTS_TO_REST, COOL_DOWN = 3, 8
-#: A rejection halves the step size; so many acceptances undo it.
-ACCEPTS_TO_RECOVER = 4
 #: The shadow's CUSUM: slack and threshold in standard deviations.
 CUSUM_SLACK, CUSUM_ALARM = 0.5, 5.0
 #: The shadow comes this often where the bucket can well afford it: it may take so much of what is there.
@@ -49,9 +47,12 @@ class Safeguards:
         kl_cap: trust region: mean KL(trained router, adapted router) per layer on held-back tokens, in nats; ``None``
             is no cap.
         anchor: factor on the fast weights after each update, in (0, 1]; 1 is no pull to the trained router.
+        retreat: factor in (0, 1] beside it for a layer on which text that nothing was learned from yet says that less
+            would be better: where the gradient of its loss points from the fast weights to the trained
+            router. 1 is off.
         judge: keep or undo updates by what they do to held-back tokens. Undone means fast weights, moments and step
-            size as they were, bit for bit; then the step size is halved, and four acceptances bring it back. After
-            three rejections in a row nothing is learned for eight batches; what was accepted before stays.
+            size as they were, bit for bit; then the step size is halved. After three rejections in a row nothing is
+            learned for eight batches.
         judge_tokens: held-back tokens for a verdict.
         judge_tokens_most: as many are kept, and looked at where fewer are too noisy.
         shadow: score the trained routers beside the adapted ones now and then, and reset where these are worse.
@@ -64,8 +65,9 @@ class Safeguards:
         ConfigError: a number is outside its range.
     """
 
-    kl_cap: float | None = 0.05
+    kl_cap: float | None = 0.3
     anchor: float = 0.99
+    retreat: float = 0.9
     judge: bool = True
     judge_tokens: int = 1000
     judge_tokens_most: int = 8192
@@ -76,8 +78,9 @@ class Safeguards:
     def __post_init__(self) -> None:
         positive = "a finite number above 0, or None for none"
         for name, fits, accepted, usual in (
-            ("kl_cap", self.kl_cap is None or (_real(self.kl_cap) and 0 < self.kl_cap < math.inf), positive, 0.05),
+            ("kl_cap", self.kl_cap is None or (_real(self.kl_cap) and 0 < self.kl_cap < math.inf), positive, 0.3),
             ("anchor", _real(self.anchor) and 0 < self.anchor <= 1, "a number above 0 and at most 1", 0.99),
+            ("retreat", _real(self.retreat) and 0 < self.retreat <= 1, "a number above 0 and at most 1", 0.9),
             ("judge", isinstance(self.judge, bool), "True or False", True),
             ("judge_tokens", _whole(self.judge_tokens), "an integer of at least 1", 1000),
             (
@@ -101,7 +104,7 @@ class Safeguards:
     @classmethod
     def none(cls) -> Safeguards:
         """Return settings with every one of these safeguards off; what is not finite still resets."""
-        return cls(kl_cap=None, anchor=1.0, judge=False, shadow=False, diversity=None)
+        return cls(kl_cap=None, anchor=1.0, retreat=1.0, judge=False, shadow=False, diversity=None)
 
 
 def _real(value: object) -> bool:
@@ -198,9 +201,11 @@ class Paired:
 def judge(pooled: Paired | None, earlier: Paired | None, *, enough: int, most: int) -> tuple[Verdict, str]:
     """Return the verdict on an update, and why.
 
-    Accepted when the mean is at most 0 and at most 0.01 nats are within 1.64 standard errors. Where that cannot be
-    told from noise it is deferred, unless the update is surely worse. What it does to text of before the update counts
-    by itself too, so that a chunk of nonsense, which one can learn to expect, does not pay for what it spoils.
+    Rejected when it is surely worse, one-sided at 95 %; accepted when it is not, and its mean is within the tolerance;
+    what lies between is deferred until there is enough to tell. To accept only what is surely no worse undid a sixth of
+    the updates on shifted text for nothing but noise, and half of what there was to gain. What an update does to text
+    of before it counts by itself too, so that a chunk of nonsense, which one can learn to expect, does not pay for what
+    it spoils.
 
     Args:
         pooled: all held-back tokens that are evidence.
@@ -218,9 +223,9 @@ def judge(pooled: Paired | None, earlier: Paired | None, *, enough: int, most: i
         return "deferred", f"{pooled.tokens} of {enough} held-back tokens"
     if pooled.se is None:
         return "deferred", f"{pooled.tokens} held-back tokens are too few blocks to know the noise"
-    if pooled.mean <= 0 and pooled.mean + SURE * pooled.se <= TOLERANCE:
+    if pooled.mean <= TOLERANCE:
         return "accepted", str(pooled)
-    if pooled.se > NOISY_SE and (pooled.mean <= 0 or pooled.tokens < most):
+    if pooled.tokens < most:
         return "deferred", f"too noisy to tell: {pooled}"
     return "rejected", str(pooled)
 

@@ -1,22 +1,26 @@
 """What belongs to one stream of text: counters, held-back rows, the state to go back to. Streams never share it.
 
-Fast weights, moments and the objective's state of the stream that is being read are live, in the model; those of the
-others are parked here as a `Learned`, which is also what an update is undone to.
+A stream has a state for each text that was told apart in it (`text_memory.py`). Fast weights, moments and the
+objective's state of the text that is being read are live, in the model; those of the others are parked here as a
+`Learned`, which is also what an update is undone to.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.learning_bucket import Cadence
+from thermoe.adapt.natural_step import DIRECTIONS
 from thermoe.adapt.objectives import Objective
 from thermoe.adapt.reading import HeldRows, HeldText
+from thermoe.adapt.text_memory import BINS, nearest, remember
 from thermoe.routers.fast_weights import FastWeights
 
 #: Counters of a stream that are plain integers, in the order of reports.
@@ -35,8 +39,11 @@ PLAIN = (
         "rejects_in_row",
         "crowded",
     ),
-    *("cusum", "shadow_batch", "shadow_nats", "standardised"),
+    *("cusum", "shadow_batch", "shadow_nats", "standardised", "last_read"),
 )
+#: Texts of a stream that are told apart, as many as `MEMORY_FRAC` of the model's bytes hold; then the one of which the
+#: fewest batches were read makes room, so that a stray batch does not push out what was learned for long.
+LEAST_TEXTS, MOST_TEXTS, MEMORY_FRAC = 2, 8, 0.04
 HELD = ("batch", "input_ids", "mask", "counted", "tokens", "evidence")
 
 
@@ -89,7 +96,7 @@ def write(fast: Mapping[str, FastWeights], state: Mapping[str, Mapping[str, Tens
 
 @dataclass(slots=True, eq=False)
 class StreamState:
-    """State of one stream.
+    """State of one text of a stream.
 
     Attributes:
         held: held-back rows.
@@ -97,7 +104,11 @@ class StreamState:
         base: the state of before the updates that wait for a verdict; ``None`` when none does.
         base_batch: number of the last batch before these updates.
         waiting_j, waiting_tokens: joules of learning and tokens served since the last verdict.
-        parked: what is learned, while another stream is read.
+        parked: what is learned, while another text is read.
+        profile: float64 (H,), of its tokens.
+        last_read: when it was read last, in batches of the stream.
+        last_move: by parameter, how the steps of the last update moved it, before any pull; ``None`` where it was
+            undone, or there was none.
         layers: names of the layers that learn; ``None`` before that was chosen.
         chunk: summed gradients of batches that wait for `min_tokens`, their weight, their tokens.
         update_batch: number of the batch of the last update.
@@ -134,6 +145,9 @@ class StreamState:
     shadow_batch: int = 0
     shadow_nats: float | None = None
     standardised: bool = False
+    profile: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    last_read: int = 0
+    last_move: list[Tensor] | None = None
 
     @property
     def mark(self) -> int:
@@ -142,7 +156,7 @@ class StreamState:
 
     def forget(self) -> None:
         """Forget what depends on what was learned; held-back text and counters stay."""
-        self.base, self.chunk, self.parked = None, None, None
+        self.base = self.chunk = self.parked = self.last_move = None
         self.waiting_j, self.waiting_tokens = 0.0, 0
         self.rejects_in_row = self.crowded = self.judge_at = 0
         self.cusum, self.standardised = 0.0, False
@@ -152,6 +166,8 @@ class StreamState:
         return {
             **{name: getattr(self, name) for name in PLAIN},
             "cadence": self.cadence.state_dict(),
+            "profile": self.profile.clone(),
+            "last_move": None if self.last_move is None else [move.clone() for move in self.last_move],
             "first": self.held.first,
             "held": [{key: getattr(rows, key) for key in HELD} for rows in self.held.rows],
             "base": None if self.base is None else self.base.as_dict(),
@@ -165,6 +181,8 @@ class StreamState:
         made = cls(held, Cadence.from_state(state["cadence"], min_gain_per_j))
         for name in PLAIN:
             setattr(made, name, state[name])
+        made.profile = state["profile"].clone()
+        made.last_move = None if state["last_move"] is None else [move.clone() for move in state["last_move"]]
         held.first = state["first"]
         held.rows.extend(HeldRows(**rows) for rows in state["held"])
         made.base, made.parked = (None if state[k] is None else Learned(**state[k]) for k in ("base", "parked"))
@@ -172,3 +190,67 @@ class StreamState:
             gradients, weight, tokens = state["chunk"]
             made.chunk = ([g.clone() for g in gradients], weight, tokens)
         return made
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """The texts of one stream.
+
+    Attributes:
+        texts: their states.
+        at: which of them is read now.
+        reads: batches that were read.
+        gone: counters of texts that made room for others.
+    """
+
+    texts: list[StreamState]
+    at: int = 0
+    reads: int = 0
+    gone: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def state(self) -> StreamState:
+        """State of the text that is read now."""
+        return self.texts[self.at]
+
+    def count(self, name: str) -> int:
+        """Return a counter over all texts."""
+        return sum(getattr(text, name) for text in self.texts) + self.gone[name]
+
+    def place_of(self, counts: Tensor) -> int | None:
+        """Return which text a batch with this profile continues, or ``None`` where it is a new one."""
+        known = [text.profile for text in self.texts]
+        if not any(bool(one.any()) for one in known):
+            return self.at  # nothing was read yet
+        return nearest(counts, known)
+
+    def make_room(self, fresh: StreamState, most: int) -> int:
+        """Put the state of a new text in, of at most ``most``, and return its place."""
+        if len(self.texts) < most:
+            self.texts.append(fresh)
+            return len(self.texts) - 1
+        others = [(text.batches, text.last_read, place) for place, text in enumerate(self.texts) if place != self.at]
+        place = min(others)[-1]
+        self.gone.update({name: getattr(self.texts[place], name) for name in COUNTERS})
+        self.texts[place] = fresh
+        return place
+
+    def note(self, counts: Tensor) -> None:
+        """Note that a batch of the present text was read."""
+        self.reads += 1
+        self.state.profile, self.state.last_read = remember(self.state.profile, counts), self.reads
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies."""
+        texts = [text.state_dict() for text in self.texts]
+        return {"at": self.at, "reads": self.reads, "gone": dict(self.gone), "texts": texts}
+
+
+def most_texts(model: nn.Module, fast: Mapping[str, FastWeights]) -> int:
+    """Return how many texts a stream may tell apart: each keeps fast weights, moments, the last move and directions."""
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = 0
+    for one in fast.values():
+        width = 1 if one.matrix is None else one.matrix.shape[1] + 1
+        own += 3 * one.num_experts * width + min(DIRECTIONS, width) * width
+    return min(MOST_TEXTS, max(LEAST_TEXTS, int(MEMORY_FRAC * whole / (4 * own))))

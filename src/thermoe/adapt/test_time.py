@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
-from thermoe.adapt.adapter_settings import check_percentiles, check_settings, chosen_layers
+from thermoe.adapt.adapter_settings import check_reading, check_settings, chosen_layers, guards_of
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
 from thermoe.adapt.judging import without_fast
@@ -43,7 +42,7 @@ from thermoe.errors import CheckpointError, ConfigError, RoutingError
 from thermoe.models.classes import MoEModelMixin
 
 __all__ = ["AdaptStep", "RouterAdapter"]
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class RouterAdapter:
@@ -51,17 +50,23 @@ class RouterAdapter:
 
     Args:
         model: a causal language model with MoE layers.
-        lr: step size of the optimiser on the fast weights.
+        lr: longest step size; steps are shorter where the next batch says that one went too far, down to a sixteenth.
         anchor: the field of the safeguards of that name, for short.
         max_grad_norm: gradients are scaled down to this norm.
         family: of the fast weights: "full", "bias", "mix" or "low_rank"; see `routers/fast_weights.py`.
         rank: of the family "low_rank".
         objective: a registered name: "next_token" (`objectives.py`), for every model; "local" (`local_teacher.py`), for
             models whose experts partition one network, with the family "mix" or "bias".
-        optimizer: "adamw", or "muon" for the matrices.
+        optimizer: "natural" (`natural_step.py`), "adamw", or "muon" for the matrices.
+        steps: of the optimiser per batch, each on a part of its sequences (`learning_parts.py`); 1 where gradients are
+            collected, and for objectives that take none.
+        learn_on: the choice of experts that steps learn on: "served", what the whole batch was given; "unsteered", each
+            token's own top-k, whatever price or capacity; or "both" in turn.
+        by_text: keep fast weights of its own for each text, told apart by its tokens before it is scored
+            (`text_memory.py`); a text that comes back finds what was learned of it.
         layers: "all"; "top_half", the layers whose routers are the most confident on the first batch; or positions or
             names of layers.
-        percentiles: learn from tokens whose loss lies between these percentiles of their batch alone.
+        percentiles: learn from tokens whose loss lies between these percentiles of their batch.
         min_tokens: collect batches until so many tokens are behind an update; 0 is an update at every batch.
         held_frac: share of the rows of a batch that nothing is learned from, at least one row; of a single row, its
             end. They are what the safeguards judge by; 0 leaves these without eyes.
@@ -94,7 +99,10 @@ class RouterAdapter:
         family: str = "full",
         rank: int = 8,
         objective: str = "next_token",
-        optimizer: str = "adamw",
+        optimizer: str = "natural",
+        steps: int = 4,
+        learn_on: str = "both",
+        by_text: bool = True,
         layers: str | Sequence[int | str] = "all",
         percentiles: tuple[float, float] | None = None,
         min_tokens: int = 0,
@@ -105,33 +113,17 @@ class RouterAdapter:
         cost_model: CostModel | None = None,
         seed: int = 0,
     ) -> None:
-        if anchor is not None:
-            check_settings(anchor=anchor)
-        check_settings(lr=lr, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac, seed=seed)
-        if min_gain_per_j is not None:
-            check_settings(min_gain_per_j=min_gain_per_j)
-        check_percentiles(percentiles)
-        if safeguards is not None and not isinstance(safeguards, Safeguards):
-            raise ConfigError(
-                f"the safeguards are {safeguards!r}",
-                where="adapt.safeguards",
-                accepted="a Safeguards, or None for all",
-                fix="use Safeguards(kl_cap=0.05, judge=True)",
-            )
-        guards = safeguards or Safeguards()
-        self.model = model
-        self.safeguards = guards if anchor is None else replace(guards, anchor=anchor)
+        check_settings(lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac)
+        check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
+        check_reading(by_text, learn_on, percentiles)
+        self.model, self.safeguards = model, guards_of(safeguards, anchor)
         self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
         self.family, self.objective = family, objective
         make = OBJECTIVES.get(objective, where="adapt.objective")
         settings = ReadSettings(
-            lr=lr,
-            layers=layers,
-            percentiles=percentiles,
-            held_frac=held_frac,
-            min_gain_per_j=min_gain_per_j,
-            seed=seed,
-        )
+            lr=lr, layers=layers, percentiles=percentiles, held_frac=held_frac, min_gain_per_j=min_gain_per_j,
+            steps=steps, learn_on=learn_on, by_text=by_text, seed=seed,
+        )  # fmt: skip
         self._mode: str | None = None
         self._last: AdaptStep | None = None
         with torch.inference_mode(False):
@@ -142,10 +134,11 @@ class RouterAdapter:
                 live = Live(
                     model,
                     self._places.fast,
-                    FastOptimizer(self.parameters(), optimizer, lr),
+                    FastOptimizer(self._places.fast, optimizer, lr),
                     make(model, seed=seed),
                     LearningAccount(costs, self.ledger, self.bucket),
                     self.safeguards,
+                    lr,
                     max_grad_norm,
                     min_tokens,
                 )
@@ -168,16 +161,16 @@ class RouterAdapter:
     @property
     def updates(self) -> int:
         """Updates made in the present stream, those that were undone later included."""
-        return self._learner.state.updates
+        return self._learner.streams.present.count("updates")
 
     @property
     def resets(self) -> int:
         """How often a safeguard reset the present stream."""
-        return self._learner.state.resets
+        return self._learner.streams.present.count("resets")
 
     @property
     def lr(self) -> float:
-        """The present step size: halved by rejections, regained by acceptances."""
+        """The present step size, of the present text."""
         return self._learner.live.optimizer.lr
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -212,7 +205,7 @@ class RouterAdapter:
 
     def reset(self) -> None:
         """Return the present stream to the trained routers exactly, and forget moments and updates that wait."""
-        self._learner.reset()
+        self._learner.streams.reset()
 
     # -- modes and streams ---------------------------------------------------------------------------------------------
 
@@ -252,7 +245,7 @@ class RouterAdapter:
             yield self
         finally:
             if self._places.fast:
-                self._learner.go_to(name)
+                self._learner.streams.go_to(name)
 
     def stream(self, name: str) -> Any:
         """Go on with the state of the stream ``name``, new if it is; nothing that is learned is shared between streams.
@@ -274,15 +267,15 @@ class RouterAdapter:
                 fix="name it after its user or its text",
             )
         self._require_open("stream")
-        before = self._learner.name
+        before = self._learner.streams.name
         with torch.inference_mode(False):
-            self._learner.go_to(name)
+            self._learner.streams.go_to(name)
         return self._back_to(before)
 
     @property
     def streams(self) -> list[str]:
         """Names of the streams that were read."""
-        return list(self._learner.streams)
+        return list(self._learner.streams.by_name)
 
     def forget_stream(self, name: str) -> None:
         """Drop a stream that is not the present one.
@@ -290,14 +283,15 @@ class RouterAdapter:
         Raises:
             ConfigError: it is the present one, or there is none of that name.
         """
-        if name == self._learner.name or name not in self._learner.streams:
+        streams = self._learner.streams
+        if name == streams.name or name not in streams.by_name:
             raise ConfigError(
                 f"the stream {name!r} cannot be dropped",
                 where="RouterAdapter.forget_stream",
-                accepted=f"one of {', '.join(n for n in self.streams if n != self._learner.name) or 'none'}",
+                accepted=f"one of {', '.join(n for n in self.streams if n != streams.name) or 'none'}",
                 fix="go to another stream first, or call reset() for the present one",
             )
-        del self._learner.streams[name]
+        del streams.by_name[name]
 
     def _require_open(self, name: str) -> None:
         if not self._places.fast:
@@ -313,15 +307,15 @@ class RouterAdapter:
     @property
     def metrics(self) -> dict[str, Any]:
         """Plain numbers and words of the present stream and the last batch; unknown is ``None``."""
-        return step_metrics(self._last, self._learner.state, self.lr, self.ledger, self.bucket)
+        return step_metrics(self._last, self._learner.streams.present, self.lr, self.ledger, self.bucket)
 
     def report(self) -> str:
         """Return what happened so far, for people."""
-        return text_report(self.metrics, self.ledger.counts, stream=self._learner.name, family=self.family)
+        return text_report(self.metrics, self.ledger.counts, stream=self._learner.streams.name, family=self.family)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that `load_state_dict` needs to go on bit for bit, streams included."""
-        return self._learner.state_dict() | {
+        return self._learner.streams.state_dict() | {
             "version": STATE_VERSION,
             "family": self.family,
             "objective_name": self.objective,
@@ -359,7 +353,7 @@ class RouterAdapter:
 
     def _take(self, state: Mapping[str, Any]) -> None:
         with torch.inference_mode(False):
-            self._learner.load_state_dict(state)
+            self._learner.streams.load_state_dict(state, self._learner.settings.min_gain_per_j)
         self.bucket.load_state_dict(state["bucket"])
         self.ledger.load_state_dict(state["ledger"])
 

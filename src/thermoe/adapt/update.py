@@ -1,14 +1,14 @@
 """One update of the fast weights, with the safeguards that act on the weights themselves.
 
-In this order: the objective's gradients (or its own move), one step of the optimiser, the pull to the trained router,
-the diversity floor, the trust region. What is not finite is reported and never stays.
+In this order: the objective's gradients (or its own move) and a step of the optimiser, part by part; the pull to the
+trained router; the diversity floor; the trust region. What is not finite is reported and never stays.
 
 Shape letters: B sequences, S positions, T tokens, L layers, E experts, O router outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,8 @@ from thermoe.moe.layer import Routed, routed_modules
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
 
+#: Steps become shorter where the last update went too far, longer where it did not; least share of the step size.
+SHORTER, LONGER, LEAST_LR_FRAC = 0.7, 1.15, 1 / 16
 #: Most tokens on which the trust region is measured.
 REGION_TOKENS = 2048
 
@@ -47,6 +49,7 @@ class Live:
         objective: what is learned from.
         account: pays.
         safeguards: settings.
+        lr: step size that was set, the longest.
         max_grad_norm: gradients are scaled down to this norm.
         min_tokens: gradients are collected until so many tokens are behind them.
     """
@@ -57,6 +60,7 @@ class Live:
     objective: Objective
     account: LearningAccount
     safeguards: Safeguards
+    lr: float
     max_grad_norm: float
     min_tokens: int
 
@@ -91,25 +95,39 @@ class Outcome:
     diversity: dict[str, float] = field(default_factory=dict)
 
 
+#: What is learned from, part by part, each with what the routers saw in its forward.
+Parts = Iterable[tuple[LearnBatch, Mapping[str, RouterInput]]]
+
+
 def update(
-    live: Live, state: StreamState, batch: LearnBatch, seen: Mapping[str, RouterInput], held: Tensor, real: Tensor
+    live: Live, state: StreamState, parts: Parts, seen: Mapping[str, RouterInput], held: Tensor, real: Tensor
 ) -> Outcome:
     """Let the fast weights learn from a batch.
 
     Args:
         live: the adapter's parts.
         state: of the stream.
-        batch: what is learned from.
+        parts: of the batch, one step each; at least one. A part is made when it is its turn, with what the fast weights
+            are then.
         seen: what the routers got in the scoring forward.
         held: bool (B, S - 1): predictions that are held back; the trust region is measured where they are made.
         real: bool (B, S - 1): real predictions.
     """
-    parameters = batch.parameters()
-    before = [p.detach().clone() for p in parameters]
-    proposal = live.objective.learn(batch)
-    if proposal.reason is not None:
-        return Outcome(reason=proposal.reason, broken="not finite" in proposal.reason)
-    if proposal.gradients is not None:
+    fast: Mapping[str, FastWeights] = {}
+    before: list[Tensor] = []
+    back: Tensor | None = None
+    nothing, stepped = None, False
+    for number, (batch, inputs) in enumerate(parts):
+        if number == 0:
+            fast, before = batch.fast, [p.detach().clone() for p in batch.parameters()]
+        proposal = live.objective.learn(batch)
+        if proposal.reason is not None:
+            if "not finite" in proposal.reason:
+                return Outcome(reason=proposal.reason, broken=True)
+            nothing = proposal.reason  # unless another part moves
+            continue
+        if proposal.gradients is None:
+            continue
         gradients = _collected(state, proposal.gradients, proposal.weight, int((batch.weights > 0).sum()))
         tokens = 0 if state.chunk is None else state.chunk[2]
         if tokens < live.min_tokens:
@@ -118,13 +136,25 @@ def update(
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             return Outcome(reason="the gradient is not finite", broken=True)
+        if not stepped:  # of text that nothing was learned from yet
+            back = _heed(live, state, list(fast.values()), gradients)
         scale = (live.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        live.optimizer.step(parameters, [gradient * scale for gradient in gradients])
+        features = _features(live, fast, batch, inputs)
+        live.optimizer.step(list(fast), [gradient * scale for gradient in gradients], features)
+        stepped = True
+    if nothing is not None and not stepped:
+        return Outcome(reason=nothing)
+    parameters = [p for one in fast.values() for p in one.parameters()]
     outcome = Outcome()
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.mul_(live.safeguards.anchor)
-        present = {name: seen[name] for name in batch.fast if name in seen}
+        # The steps alone: a pull that outweighs them points back, and would have them shortened for being too short.
+        state.last_move = [p - b for p, b in zip(parameters, before, strict=True)]
+        for layer, one in enumerate(fast.values()):
+            for parameter in one.parameters():
+                parameter.mul_(live.safeguards.anchor)
+                if back is not None:
+                    parameter.mul_(back[layer].to(parameter.device))
+        present = {name: seen[name] for name in fast if name in seen}
         crowded = _keep_diverse(live, state, present, _places(real), outcome)
         if not crowded and live.safeguards.kl_cap is not None:
             chosen = _places(held) if bool(held.any()) else _places(real)
@@ -139,6 +169,51 @@ def update(
     outcome.moved = outcome.change_norm > 0
     outcome.reason = None if outcome.moved else "the step was zero"
     return outcome
+
+
+def _heed(live: Live, state: StreamState, fast: Sequence[FastWeights], gradients: Sequence[Tensor]) -> Tensor | None:
+    """Do what the gradient on text that is new says of what was learned before, which costs nothing to ask.
+
+    Along the fast weights of a layer it says whether the loss falls with less of them: then that layer steps back to
+    the trained router. Along the last update it says whether that went too far: then steps become shorter, and else
+    longer, up to the step size that was set (hypergradient descent, arXiv 1703.04782, at the pace of batches).
+
+    Returns:
+        What the fast weights of each layer are to be multiplied by (L,); ``None`` where they are not.
+    """
+    device, at, along = gradients[0].device, 0, []
+    for one in fast:
+        own = list(one.parameters())
+        pairs = zip(own, gradients[at : at + len(own)], strict=True)
+        along.append(torch.stack([(p.detach() * g).sum().to(device) for p, g in pairs]).sum())
+        at += len(own)
+    again = torch.zeros((), device=device)
+    if state.last_move is not None and len(state.last_move) == len(gradients):
+        moves = zip(state.last_move, gradients, strict=True)
+        again = torch.stack([(m.to(g.device) * g).sum().to(device) for m, g in moves]).sum()
+    outward, further = torch.stack(along), float(again)
+    if further:
+        changed = live.optimizer.lr * (SHORTER if further > 0 else LONGER)
+        live.optimizer.lr = min(max(changed, live.lr * LEAST_LR_FRAC), max(live.lr, live.optimizer.lr))
+    retreat = live.safeguards.retreat
+    return None if retreat == 1 else torch.where(outward > 0, retreat, 1.0)
+
+
+def _features(
+    live: Live, fast: Mapping[str, FastWeights], batch: LearnBatch, inputs: Mapping[str, RouterInput]
+) -> dict[str, Tensor]:
+    """Return by layer the features (T, C) that the optimiser asks for: of what is learned from, and of nothing else.
+
+    Not of padding, nor of what is held back or was generated.
+    """
+    wanted = [name for name in inputs if name in fast and live.optimizer.wants(name)]
+    learned = _places(batch.weights > 0) if wanted else None
+    found = {}
+    for name in wanted:
+        assert learned is not None
+        x, slow = _rows(inputs[name].x, learned), _rows(inputs[name].slow, learned)
+        found[name] = fast[name].features(x, slow)
+    return found
 
 
 def _collected(state: StreamState, gradients: list[Tensor], weight: float, tokens: int) -> list[Tensor]:

@@ -92,12 +92,15 @@ def _priced(prepared: Prepared) -> Iterator[Scorer]:
 @contextmanager
 def _adapting(prepared: Prepared) -> Iterator[Scorer]:
     settings = prepared.spec.adapt
-    # The arm is what learning at every batch does; what it costs is counted beside, so nothing caps or judges it.
+    # The arm is what one step at every batch does; what it costs is counted beside, so nothing caps or judges it.
     with RouterAdapter(
         prepared.moe,
         lr=settings.lr,
         anchor=settings.anchor,
         family=settings.family,
+        optimizer="adamw",
+        steps=1,
+        by_text=False,
         safeguards=Safeguards.none(),
         held_frac=0.0,
         bucket=None,

@@ -48,6 +48,9 @@ class Router(nn.Module):
         ramp: scalar buffer m of the gate "ramped".
         fast: what test-time training moves, or ``None``.
         active_top_k: when set, an integer of at most ``top_k`` used instead of it (random k in recovery training).
+        replay: when set, int64 (T, K), the ids to answer with instead of choosing: what these tokens were given where
+            the choice depended on others that are not in this forward. Weights are those of the present scores.
+        unsteered: when true, every token gets its own top-k by score, whatever else steers the choice.
         num_identity, num_zero: zero-compute experts behind the E experts; see `RoutingDecision`.
 
     Class attributes:
@@ -95,6 +98,8 @@ class Router(nn.Module):
         self.register_buffer("ramp", torch.zeros(()))
         self.fast: FastWeights | None = None
         self.active_top_k: int | None = None
+        self.replay: Tensor | None = None
+        self.unsteered = False
 
     @property
     def num_outputs(self) -> int:
@@ -168,7 +173,15 @@ class Router(nn.Module):
         context = context or RoutingContext(1, x_TD.shape[0])
         logits = self.scores(x_TD)
         probabilities = self.probabilities(logits)
-        index, weights = self._answer(logits, probabilities, context, x_TD.dtype)
+        given = self.replay
+        if given is None and self.unsteered:
+            given = logits.topk(self.active_top_k or self.top_k, dim=-1).indices
+            if context.padding_mask is not None:
+                given = torch.where(context.padding_mask.unsqueeze(-1), given, self.num_outputs)
+        if given is None:
+            index, weights = self._answer(logits, probabilities, context, x_TD.dtype)
+        else:
+            index, weights = given, self.combine_weights(probabilities, given).to(x_TD.dtype)
         return RoutingDecision(
             logits, probabilities, index, weights, context.padding_mask, self.num_identity, self.num_zero
         )

@@ -103,11 +103,15 @@ class FastWeights(nn.Module):
         """
         if self.matrix is None:
             return self.delta.expand(x_TD.shape[0], -1)
+        return F.linear(self.features(x_TD, slow_TE), self.matrix, self.delta)
+
+    def features(self, x_TD: Tensor, slow_TE: Tensor) -> Tensor:
+        """Return what the matrix is applied to, (T, C): the correction is linear in it; C is 0 for "bias"."""
         if self.family == "mix":
-            return F.linear((slow_TE - self.mean) / self.scale, self.matrix, self.delta)
+            return (slow_TE - self.mean) / self.scale
         if self.family == "low_rank":
-            x_TD = F.linear(x_TD, self.directions)
-        return F.linear(x_TD, self.matrix, self.delta)
+            return F.linear(x_TD, self.directions)
+        return x_TD if self.family == "full" else x_TD[:, :0]
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, sd: Tensor) -> None:

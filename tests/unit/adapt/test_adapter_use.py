@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from thermoe.errors import CheckpointError, ConfigError, RoutingError
 from thermoe.evaluation import sequence_nll
 from thermoe.models.frame import build_frame
 from thermoe.moe.layer import collect_routing, moe_layers, routed_modules
-from thermoe.routers.fast_weights import FAST_FAMILIES
+from thermoe.routers.fast_weights import FAST_FAMILIES, FastWeights
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
 
 OFF = Safeguards.none()
@@ -73,11 +74,13 @@ def test_a_step_size_of_zero_reproduces_the_frozen_model(settings: dict[str, Any
 
 def test_t16_a_stream_that_comes_home_has_forgotten_nothing() -> None:
     model = trained_model()
-    home, end = batches("prose", 6), batches("prose", 6, start=6)
-    frozen = _frozen(model, end)
-    with _adapter(model, safeguards=Safeguards(judge_tokens=252), held_frac=0.25) as adapter:
-        for batch in [*home, *batches("code", 6), *batches("verse", 6)]:
+    home, verse, end = batches("prose", 6), batches("verse", 6), batches("prose", 6, start=6)
+    before, frozen = _frozen(model, verse), _frozen(model, end)
+    with RouterAdapter(model, bucket=None, held_frac=0.25, safeguards=Safeguards(judge_tokens=252)) as adapter:
+        for batch in [*home, *batches("code", 6)]:
             adapter.score_and_learn(batch)
+        shifted = [adapter.score_and_learn(batch).sequence_nll for batch in verse]
+        assert _mean(shifted[3:]) < _mean(before[3:]) - 0.03, "there was something to forget it for"
         scores = [adapter.score_and_learn(batch).sequence_nll for batch in end]
         assert _mean(scores[1:]) <= _mean(frozen[1:]) + 0.01
         adapter.reset()
@@ -121,9 +124,21 @@ def test_t12_one_expert_with_a_renormalised_weight_teaches_nothing() -> None:
     assert all(float(g.norm()) < 1e-6 for g in given[0].gradients)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors inside nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+@pytest.mark.parametrize("optimizer", ["natural", "adamw", "muon"])
 def test_the_memory_of_learning_is_a_small_part_of_the_model(optimizer: str) -> None:
-    """Counted from the tensors themselves: fast weights, moments, and the state that an update may be undone to."""
+    """Counted from the tensors themselves: fast weights, moments, the last move, and what an update may be undone to.
+
+    Of one text; others that are known are parked with as much.
+    """
     model = build_frame(
         "moe",
         vocab_size=500,
@@ -138,15 +153,15 @@ def test_the_memory_of_learning_is_a_small_part_of_the_model(optimizer: str) -> 
     ).eval()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with _adapter(model, optimizer=optimizer) as adapter:
-        adapter.score_and_learn(random_tokens(4, 32, vocab_size=500))
-        live = adapter._learner.live
-        mine = [*adapter.parameters(), *live.optimizer.state_tensors()]
-        state = adapter.state_dict()
-        base = state["streams"]["default"]["base"]
-        assert base is not None
-        mine += [value for fast in base["fast"].values() for value in fast.values()]
-        mine += [v for part in base["optimizer"] for one in part["state"].values() for v in one.values()]
-        used = sum(t.numel() * t.element_size() for t in mine)
+        state = adapter._learner.state
+        for seed in range(2):
+            state.base = None  # nothing waits for its verdict, so that the next may be undone to moments too
+            adapter.score_and_learn(random_tokens(4, 32, vocab_size=500, seed=seed))
+        assert state.base is not None and state.last_move is not None
+        assert sum(1 for _ in _tensors(state.base.optimizer)) >= 4, "moments are undone as well"
+        live = adapter._learner.live.optimizer.state_tensors()
+        mine = [*adapter.parameters(), *live, *state.last_move, *_tensors(state.base.as_dict())]
+        used = sum({t.data_ptr(): t.numel() * t.element_size() for t in mine}.values())
     assert 0 < used <= 0.05 * size
 
 
@@ -162,10 +177,41 @@ def test_padding_changes_nothing(side: str) -> None:
     for given in ((ids,), (padded, mask)):
         with _adapter(model, safeguards=OFF, held_frac=0.0) as adapter:
             step = adapter.score_and_learn(*given)
-            ends.append((step.sequence_nll, adapter._learner.state_dict()["optimizer"][0]["state"][0]["exp_avg"]))
-            assert step.tokens.tolist() == [19, 19]
+            ends.append([step.sequence_nll, *(p.detach().clone() for p in adapter.parameters())])
+            assert step.tokens.tolist() == [19, 19] and step.learned
     for one, two in zip(*ends, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAST_FAMILIES)
+def test_natural_steps_see_what_is_learned_from_and_nothing_else(family: str) -> None:
+    """Neither padding, nor held-back tokens, nor generated ones have a part in the directions of the steps."""
+    model, ids = tiny_moe(top_k=3, gate="renormalized"), random_tokens(1, 24)
+    mask, weights = torch.ones_like(ids), torch.ones(1, 24)
+    mask[:, :5], weights[:, 20:] = 0, 0
+    seen: list[Tensor] = []
+    with _adapter(model, safeguards=OFF, held_frac=0.25, family=family) as adapter:
+        step = adapter._learner.live.optimizer.step
+        adapter._learner.live.optimizer.step = lambda names, gradients, features: (
+            seen.extend(features.values()),
+            step(names, gradients, features),
+        )
+        adapter.score_and_learn(ids, mask, weights)
+    # Of 18 real predictions 4 have no weight, and of the 14 that have the last quarter is held back.
+    assert [one.shape[0] for one in seen] == [10, 10]
+
+
+def test_experts_that_no_token_chose_do_not_move() -> None:
+    """Their gradients are rounding, which a step of the same size for every expert would make a move of."""
+    model, ids = tiny_moe(num_experts=8, top_k=2, gate="renormalized"), random_tokens(1, 4)
+    with _adapter(model, safeguards=OFF, held_frac=0.0, steps=1) as adapter:
+        _logits(model, ids[:, :-1])
+        counts = [d.counts for d in collect_routing(model).values()]
+        assert adapter.score_and_learn(ids).learned
+        moves = [m.router.fast.delta.detach().abs() for _, m in routed_modules(model)]
+    for count, move in zip(counts, moves, strict=True):
+        assert bool((count == 0).any()) and bool((move[count > 0] > 1e-4).any())
+        assert float(move[count == 0].max()) < 1e-5
 
 
 def test_a_full_mask_is_no_mask() -> None:
@@ -219,7 +265,7 @@ def test_masks_and_weights_that_do_not_fit(name: str, value: Any) -> None:
 
 def test_percentiles_leave_out_what_is_easy_and_what_is_hard() -> None:
     model, ids, given = tiny_moe(gate="renormalized"), random_tokens(4, 30), []
-    with _adapter(model, safeguards=OFF, percentiles=(20, 95), held_frac=0.0) as adapter:
+    with _adapter(model, safeguards=OFF, percentiles=(20, 95), held_frac=0.0, steps=1) as adapter:
         learn = adapter._learner.live.objective.learn
         adapter._learner.live.objective.learn = lambda b: given.append(b) or learn(b)
         adapter.score_and_learn(ids)
@@ -228,9 +274,18 @@ def test_percentiles_leave_out_what_is_easy_and_what_is_hard() -> None:
     assert nll[used].max() <= torch.quantile(nll, 0.96) and nll[used].min() >= torch.quantile(nll, 0.19)
 
 
+def test_a_part_of_which_percentiles_leave_nothing_is_no_broken_loss() -> None:
+    model, ids = tiny_moe(gate="renormalized"), random_tokens(8, 3)
+    with _adapter(model, safeguards=OFF, percentiles=(0, 10), held_frac=0.0, steps=8) as adapter:
+        step = adapter.score_and_learn(ids)
+        assert step.learned and adapter.resets == 0
+        counts = {one["count"] for one in adapter.state_dict()["optimizer"][0]["layers"].values()}
+        assert counts <= {1, 2, 3}, "most of the sequences have nothing left to learn from"
+
+
 def test_large_chunks_are_one_step_on_the_mean() -> None:
     model, rows = tiny_moe(gate="renormalized"), [random_tokens(2, 20, seed=i) for i in range(4)]
-    settings = {"safeguards": OFF, "held_frac": 0.0}
+    settings = {"safeguards": OFF, "held_frac": 0.0, "optimizer": "adamw", "steps": 1, "by_text": False}
     with _adapter(model, min_tokens=4 * 38, **settings) as adapter:
         steps = [adapter.score_and_learn(batch) for batch in rows]
         assert [s.verdict for s in steps] == ["collected"] * 3 + ["accepted"] and adapter.updates == 1
@@ -265,9 +320,9 @@ def test_muon_steps_have_the_size_of_adams() -> None:
     sizes = {}
     for kind in ("adamw", "muon"):
         torch.manual_seed(0)
-        parameters = [nn.Parameter(torch.zeros(16, 64)), nn.Parameter(torch.zeros(16))]
-        optimizer = FastOptimizer(parameters, kind, 1e-2)
-        optimizer.step(parameters, [torch.randn(16, 64), torch.randn(16)])
+        fast = FastWeights(64, 16)
+        parameters = [fast.matrix, fast.delta]
+        FastOptimizer({"layer": fast}, kind, 1e-2).step(["layer"], [torch.randn(16), torch.randn(16, 64)], {})
         sizes[kind] = [float(p.detach().square().mean().sqrt()) for p in parameters]
         assert all(p.grad is None for p in parameters)
     assert sizes["adamw"][1] == sizes["muon"][1] == pytest.approx(1e-2, rel=0.01)
@@ -481,6 +536,11 @@ def test_a_saved_state_with_streams_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert second.metrics == first.metrics
 
 
+def _cut(layers: dict[str, Any]) -> dict[str, Any]:
+    """Return moments of layers that are narrower."""
+    return {name: {**one, "mean": one["mean"][:, 1:]} for name, one in layers.items()}
+
+
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     model = tiny_moe(gate="renormalized")
     with _adapter(model) as adapter:
@@ -488,6 +548,9 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         before = adapter.state_dict()
         bad = [{}, None, {**before, "version": 1}, {**before, "family": "bias"}, {**before, "fast": {}}]
         bad += [{**before, "streams": {}}, {**before, "bucket": {}}, {**before, "optimizer": []}]
+        (natural,) = before["optimizer"]
+        for layers in ({"nowhere": {}}, {name: {} for name in natural["layers"]}, _cut(natural["layers"])):
+            bad.append({**before, "optimizer": [{**natural, "layers": layers}]})
         for state in bad:
             with pytest.raises(CheckpointError):
                 adapter.load_state_dict(state)  # type: ignore[arg-type]

@@ -95,17 +95,23 @@ def _lie(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.tuned
-def test_a_teacher_that_lies_is_undone_with_its_evidence(text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shadow", [True, False], ids=["judge and shadow", "judge alone"])
+def test_a_teacher_that_lies_is_undone_with_its_evidence(
+    shadow: bool, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whichever looks first; the judge by itself waits for the blocks that it takes to be sure."""
     model = planted_model(1, permuted=False, family=None)
     frozen = _nll(model, text[: 4 * ROWS])
     _lie(monkeypatch)
-    with _adapter(model) as adapter:
+    undoes = ("rejected", "reset") if shadow else ("rejected",)
+    with _adapter(model, safeguards=replace(FREE, shadow=shadow)) as adapter:
         steps = []
         for batch in text.split(ROWS):
             steps.append(adapter.score_and_learn(batch))
-            if steps[-1].verdict == "rejected":
+            if steps[-1].verdict in undoes:
                 break
-        assert steps[-1].verdict == "rejected" and not steps[-1].learned
+        assert steps[-1].verdict in undoes and not steps[-1].learned
+        assert len(steps) <= 8 and any(step.learned for step in steps)
         assert all((p == 0).all() for p in adapter.parameters())
         assert _nll(model, text[: 4 * ROWS]) == frozen
         evidence = adapter.state_dict()["objective"]["layers"]

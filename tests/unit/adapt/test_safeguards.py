@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -135,21 +135,26 @@ def _paired(mean: float, se: float | None = 0.001, tokens: int = 1024) -> Paired
     [
         (_paired(-0.01), None, "accepted"),
         (_paired(0.0), None, "accepted"),
-        (_paired(0.0001), None, "rejected"),
-        (_paired(-0.0001, 0.0061), None, "accepted"),
-        (_paired(-0.0001, 0.0062), None, "deferred"),
-        (_paired(0.005, 0.007), None, "deferred"),
-        (_paired(0.005, 0.007, 8192), None, "rejected"),
-        (_paired(-0.005, 0.01, 8192), None, "deferred"),
+        # Not surely worse: 1.64 standard errors, 1.89 of them with eight blocks.
+        (_paired(0.0018), None, "accepted"),
+        (_paired(0.0020), None, "rejected"),
+        (_paired(0.0100, 0.01), None, "accepted"),
+        (_paired(0.0101, 0.01), None, "deferred"),
+        (_paired(0.0101, 0.01, 8192), None, "rejected"),
+        (_paired(-0.005, 0.02, 8192), None, "accepted"),
         (_paired(0.05, 0.01), None, "rejected"),
         (_paired(-0.05, 0.02), None, "accepted"),
+        # Too few to tell, unless it is surely worse, which takes four blocks.
         (_paired(-0.05, None), None, "deferred"),
         (_paired(-0.05, 0.001, 999), None, "deferred"),
         (_paired(0.05, 0.001, 300), None, "deferred"),
         (_paired(0.05, 0.001, 512), None, "rejected"),
         (_paired(0.0023, 0.001, 512), None, "deferred"),
+        # Text of before by itself: surely worse, and by more than 0.01.
         (_paired(-0.05), _paired(0.012), "rejected"),
         (_paired(-0.05), _paired(0.005), "accepted"),
+        (_paired(-0.05), _paired(0.012, 0.01), "accepted"),
+        (None, _paired(0.012), "rejected"),
         (None, None, "deferred"),
     ],
     ids=str,
@@ -171,23 +176,81 @@ def test_s3_standard_errors_are_over_blocks() -> None:
 JUDGED = Safeguards(judge_tokens=252, shadow=False)
 
 
+@functools.cache
+def _long(count: int, start: int = 1) -> list[Tensor]:
+    """Return so many batches of prose of which an eighth are tokens enough for a verdict."""
+    return list(torch.cat(batches("prose", 8 * count, start=start)).split(128))
+
+
+def _poison(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(51)
+    if kind == "random tokens":
+        return torch.randint(0, 97, (128, 64), generator=generator)
+    prose = _long(1, 60)[0]
+    return prose.flatten()[torch.randperm(prose.numel(), generator=generator)].view_as(prose)
+
+
 @pytest.mark.tuned
-def test_t14_a_poisoned_chunk_is_undone_bit_for_bit_and_the_step_halved() -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("shuffled prose", {}), ("random tokens", {"by_text": False})],
+    ids=["shuffled prose, by default", "random tokens, taken for the same text"],
+)
+def test_t14_a_poisoned_chunk_is_undone_bit_for_bit_and_the_step_halved(kind: str, settings: dict[str, Any]) -> None:
+    """Where steps are so long that a chunk does harm; with what was shuffled every token is as frequent as before."""
     model = trained_model()
-    with _adapter(model, JUDGED, held_frac=0.25, lr=0.05, seed=1) as adapter:
-        steps = (adapter.score_and_learn(batch) for batch in batches("prose", 20, start=1))
+    with RouterAdapter(model, bucket=None, lr=0.1, **settings) as adapter:
+        steps = [adapter.score_and_learn(batch) for batch in _long(5)]
         assert any(step.verdict == "accepted" for step in steps)
         before, lr = adapter.state_dict(), adapter.lr
         assert lr > 0
-        step = adapter.score_and_learn(NONSENSE)
+        step = adapter.score_and_learn(_poison(kind))
         after = adapter.state_dict()
+        assert step.text == 0, "it was taken for the same text"
         assert step.verdict == "rejected" and not step.learned and step.change_norm == 0
-        assert step.judged is not None and step.judged.mean > 0 and "undone" in (step.reason or "")
+        assert step.judged is not None and "harms text read before" in (step.reason or "")
         assert _same(after["fast"], before["fast"])
-        for part, was in zip(after["optimizer"], before["optimizer"], strict=True):
-            assert _same(part["state"], was["state"]) and len(was["state"]) > 0
-            assert all(g["lr"] == w["lr"] / 2 for g, w in zip(part["param_groups"], was["param_groups"], strict=True))
-        assert adapter.lr == lr / 2
+        (moments,), (moments_before,) = after["optimizer"], before["optimizer"]
+        assert _same(moments["layers"], moments_before["layers"]) and len(moments["layers"]) == 2
+        assert moments["lr"] == moments_before["lr"] / 2 and adapter.lr == lr / 2
+
+
+def test_t14_what_is_plainly_another_text_does_not_reach_what_was_learned() -> None:
+    model, home = trained_model(), _long(4)
+    ends = []
+    for poisoned in (False, True):
+        with RouterAdapter(model, bucket=None, lr=0.01) as adapter:
+            steps = [adapter.score_and_learn(batch) for batch in home[:3]]
+            assert steps[-1].learned and {step.text for step in steps} == {0}
+            if poisoned:
+                assert adapter.score_and_learn(_poison("random tokens")).text == 1
+            step = adapter.score_and_learn(home[3])
+            assert step.text == 0
+            state = adapter.state_dict()
+            ends.append((step.sequence_nll, step.verdict, step.kl, state["fast"], state["optimizer"]))
+    assert _same(list(ends[0]), list(ends[1]))
+
+
+@pytest.mark.parametrize(("sign", "factor"), [(1, 1.15), (-1, 0.7)])
+def test_steps_are_shorter_after_one_that_went_too_far(sign: int, factor: float) -> None:
+    """The gradient of a batch that the last one helped points against its move; turned round it was too far."""
+    model, batch = trained_model(), batches("code", 1)[0]
+    with RouterAdapter(model, bucket=None, lr=0.02, safeguards=OFF) as adapter:
+        adapter._learner.live.optimizer.lr = lr = 0.01
+        adapter.score_and_learn(batch)
+        state = adapter._learner.state
+        assert adapter.lr == lr and state.last_move is not None
+        state.last_move = [sign * move for move in state.last_move]
+        adapter.score_and_learn(batch)
+        assert adapter.lr == pytest.approx(factor * lr)
+
+
+def test_a_pull_that_outweighs_the_steps_does_not_shorten_them() -> None:
+    model, batch = trained_model(), batches("code", 1)[0]
+    with RouterAdapter(model, bucket=None, lr=1e-3, safeguards=Safeguards(anchor=0.5, judge=False)) as adapter:
+        for _ in range(12):
+            assert adapter.score_and_learn(batch).learned
+        assert adapter.lr == 1e-3
 
 
 def test_s3_nonsense_would_have_passed_by_its_own_rows() -> None:
@@ -232,26 +295,13 @@ def _rows_of(adapter: RouterAdapter, rows: Tensor) -> Any:
     return adapter._learner._held_rows(batch, batch.real, evidence=True)
 
 
-def test_s3_acceptances_regain_the_step_size() -> None:
-    model = trained_model()
-    with _adapter(model, JUDGED, held_frac=0.25, lr=3e-3) as adapter:
-        adapter._learner.live.optimizer.lr = 1e-3
-        rates = [adapter.lr]
-        for batch in batches("code", 12):
-            if adapter.score_and_learn(batch).verdict == "accepted":
-                rates.append(adapter.lr)
-        assert len(rates) > 4
-        for before, after in pairwise(rates):
-            assert after == pytest.approx(min(3e-3, before * 2**0.25)) or after < before
-
-
 def test_s3_what_is_held_back_is_not_learned_from() -> None:
     """Changing the rows that are held back changes nothing that is learned."""
     model, ends = trained_model(), []
     batch = batches("prose", 1)[0]
     from thermoe.adapt.reading import Batch
 
-    held = hold_back(Batch.of(batch, None, None), 0.125, "0/default/1").any(-1)
+    held = hold_back(Batch.of(batch, None, None), 0.125, "0/default/0/1/held").any(-1)
     assert int(held.sum()) == 2
     other = torch.where(held.unsqueeze(-1), NONSENSE, batch)
     for rows in (batch, other):
@@ -488,6 +538,9 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
         {"kl_cap": "x"},
         {"anchor": 0},
         {"anchor": 1.1},
+        {"retreat": 0},
+        {"retreat": 1.1},
+        {"retreat": float("nan")},
         {"judge": 1},
         {"judge_tokens": 0},
         {"judge_tokens": 2.5},

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from session_rig import Rig, one_layer, scaled_cost
+from session_rig import Rig, joules_of, one_layer, scaled_cost
 from torch import nn
 
 from thermoe import AdaptiveSession, EnergyMeter, RouterAdapter
-from thermoe.adapt.learning_work import LearningWork, serving_nothing
+from thermoe.adapt.learning_work import LearningWork, is_serving, serving_nothing
 from thermoe.adapt.safeguards import Safeguards
 from thermoe.errors import CheckpointError, ConfigError, RoutingError, TelemetryError
 from thermoe.moe.layer import routed_modules
@@ -21,8 +21,8 @@ from thermoe.testing import random_tokens, tiny_moe
 
 IDS, STEP = random_tokens(4, 12), random_tokens(6, 1, seed=4)
 COST = scaled_cost(1e6)
-#: Every batch is learned from, and nothing else is done.
-ALWAYS: dict[str, Any] = {"bucket": None, "lr": 1e-4, "safeguards": Safeguards(judge=False, shadow=False)}
+#: Every batch is learned from, in one step that takes the graph of the forward that scored, and nothing else is done.
+ALWAYS: dict[str, Any] = {"bucket": None, "lr": 1e-4, "steps": 1, "safeguards": Safeguards(judge=False, shadow=False)}
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,25 @@ def test_modelled_joules_of_learning_are_inside_those_per_token(meter: EnergyMet
         assert session.tally.learning.energy_j == pytest.approx(session.adapter.ledger.energy_j)
         assert session.adapter.bucket.served_j == pytest.approx(session.tally.served_j)
     assert "learning: 3 update" in session.report() and "of it learning" in session.report()
+
+
+def test_modelled_joules_of_parts_that_are_read_again_are_counted_too(meter: EnergyMeter) -> None:
+    """With the steps that are taken by default: a forward and a backward of each part."""
+    model, again_j = moe(), []
+
+    def price(module: nn.Module, args: Any, output: Any) -> None:
+        if not is_serving():
+            again_j.append(joules_of(model, COST, output.logits.shape[0] * output.logits.shape[1]))
+
+    model.register_forward_hook(price)
+    learn = {name: value for name, value in ALWAYS.items() if name != "steps"}
+    with AdaptiveSession(model, meter=meter, cost_model=COST, learn=learn) as session:
+        assert session.read(IDS).learned
+        metrics = session.metrics
+        assert len(again_j) == 3, "one of four sequences is held back, the others are a part each"
+        assert metrics["learning_j_modelled"] == pytest.approx(2 * sum(again_j))
+        total_j = metrics["j_per_token_routing"] * 48 + metrics["learning_j_modelled"]
+        assert metrics["j_per_token_modelled"] * 48 == pytest.approx(total_j)
 
 
 def test_learning_without_tokens_waits_for_some_and_falls_on_phases_by_their_joules(meter: EnergyMeter) -> None:

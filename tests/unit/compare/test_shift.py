@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from thermoe.adapt.streams import Streams
 from thermoe.compare import shift
 from thermoe.compare.decode_cost import DecodeCost, choices_of
 from thermoe.compare.dynamic_evaluation import DynamicEvaluation
@@ -137,9 +139,12 @@ def test_both_orders_hold_the_same_batches() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_batch_is_scored_before_anything_is_learned_from_it(name: str) -> None:
-    """What a batch scores is what the model, as the batches before left it, says of it; and later text changes none."""
-    spec, model = _spec(), _model(_spec())
+def test_a_batch_is_scored_before_anything_is_learned_from_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch scores is what the model, as the batches before left it, says of it; and later text changes none.
+
+    Where each text has fast weights of its own, as the batches before left it with those of the text that was found.
+    """
+    spec, model = _spec("adapt_lr=1.0", "adapt_kl_cap=2.0"), _model(_spec())
     texts = _texts(spec)
     found = _calibrated()
     rows = read_stream(spec, spec.definitions[name], ORDERS[0], model, found, texts)
@@ -147,14 +152,26 @@ def test_a_batch_is_scored_before_anything_is_learned_from_it(name: str) -> None
 
     cost, arm, seen = DecodeCost(model, CostModel.prior()), spec.definitions[name], []
     set_policy(model, cost, found["sensitivity"], found["prices"].get(name))
+    before: list[Tensor] = []
+    turn_to = Streams.turn_to
+
+    def turned(streams: Streams, counts: Tensor) -> None:
+        turn_to(streams, counts)
+        with torch.no_grad():
+            before.append(sequence_nll(model(batch).logits, batch))
+
+    monkeypatch.setattr(Streams, "turn_to", turned)
     with reader_of(spec, arm, model, cost) as (read, served):
         for _, _, batch in stream_of(spec, texts, ORDERS[0]):
             with torch.no_grad():
-                before = sequence_nll(model(batch).logits, batch)
-            seen.append((before, read(batch).nll))
+                before.append(sequence_nll(model(batch).logits, batch))
+            scored = read(batch).nll
+            seen.append((before[-1], scored))
             served(1.0, 0.0)  # joules at leisure, so that what learns here does so at every batch
-    for before, scored in seen:
-        torch.testing.assert_close(scored, before, rtol=0, atol=2e-4)
+    monkeypatch.undo()
+    assert len(before) == len(seen) * (2 if arm.learns == "routers" else 1)
+    for expected, scored in seen:
+        torch.testing.assert_close(scored, expected, rtol=0, atol=2e-4)
     changed = (
         torch.stack([scored for _, scored in seen])[1:]
         - torch.tensor(
@@ -174,7 +191,7 @@ def test_a_batch_is_scored_before_anything_is_learned_from_it(name: str) -> None
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_reading_leaves_the_model_as_it_was(name: str) -> None:
-    spec, model = _spec(), _model(_spec())
+    spec, model = _spec("adapt_lr=1.0", "adapt_kl_cap=2.0"), _model(_spec())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     texts = _texts(spec)
     found = _calibrated()
@@ -257,7 +274,7 @@ def test_the_price_holds_the_budget_and_leaves_room_for_learning() -> None:
 
 
 def test_learning_is_inside_the_joules_and_what_learns_nothing_has_none() -> None:
-    spec, model = _spec(), _model(_spec())
+    spec, model = _spec("adapt_lr=1.0", "adapt_kl_cap=2.0"), _model(_spec())
     texts = _texts(spec)
     found = _calibrated()
     shares = {}
