@@ -48,6 +48,14 @@ def check_settings(**settings: Any) -> None:
         check_number(name, value, number and fits(value), accepted, usual)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise a ConfigError unless ``value``, True by default, is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{name} is {value!r}", where=f"adapt.{name}", accepted="True or False", fix=f"leave {name} at True"
+        )
+
+
 def check_reading(by_text: Any, learn_on: Any, percentiles: Any) -> None:
     """Check how batches are read.
 
@@ -55,10 +63,7 @@ def check_reading(by_text: Any, learn_on: Any, percentiles: Any) -> None:
         ConfigError: ``by_text`` is not True or False, or ``percentiles`` not (low, high) in 0..100 or ``None``.
         UnknownNameError: ``learn_on`` is no such choice.
     """
-    if not isinstance(by_text, bool):
-        raise ConfigError(
-            f"by_text is {by_text!r}", where="adapt.by_text", accepted="True or False", fix="leave it at True"
-        )
+    check_flag("by_text", by_text)
     if not isinstance(learn_on, str) or learn_on not in LEARN_ON:
         raise UnknownNameError.of("choice to learn on", str(learn_on), LEARN_ON, where="adapt.learn_on")
     check_percentiles(percentiles)

@@ -189,6 +189,8 @@ class Instrument:
         if self.note(_shape(args, kwargs), copy=False):
             self._after_forward()
 
+    _see.in_graphs = True  # type: ignore[attr-defined]  # it counts what serves, and recorded forwards of learning do not
+
     def note(self, shape: tuple[int, int] | None, *, copy: bool) -> bool:
         """Note the forward just made, and return whether it served tokens.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from thermoe.adapt.adapter_settings import chosen_layers
 from thermoe.adapt.judging import SHADOW_TOKENS, Judged, Known, forwards_bound_j, judge_rows, judge_update, shadow
 from thermoe.adapt.learning_bucket import Cadence
-from thermoe.adapt.learning_parts import choices, parts_of, replayed, unsteered
+from thermoe.adapt.learning_parts import choices, of_rows, parts_of
 from thermoe.adapt.learning_report import AdaptStep
 from thermoe.adapt.objectives import LearnBatch
 from thermoe.adapt.reading import (
@@ -35,7 +35,7 @@ from thermoe.adapt.safeguards import CHEAP_FRAC, COOL_DOWN, OFTEN, REJECTS_TO_RE
 from thermoe.adapt.stream_state import Learned, StreamState
 from thermoe.adapt.streams import Streams
 from thermoe.adapt.text_memory import profile
-from thermoe.adapt.update import Live, Outcome, Parts, update
+from thermoe.adapt.update import Live, Outcome, Part, Parts, update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,7 @@ class Learner:
         if self.settings.by_text:
             self.streams.turn_to(profile(batch.input_ids, batch.mask))
         live, state, ledger = self.live, self.state, self.live.account.ledger
+        live.forwards.begin()
         state.batches += 1
         self._start_j = ledger.energy_j
         step = self._read(batch)
@@ -201,11 +202,10 @@ class Learner:
 
     def _held_rows(self, batch: Batch, counted: Tensor, *, evidence: bool) -> HeldRows:
         rows = counted.any(-1).to(batch.input_ids.device)
-        if rows_interact(self.live.routers()):  # rows by themselves would be routed otherwise than they are served
-            rows = torch.ones_like(rows)
         mask = None if batch.mask is None else batch.mask[rows]
         count = int(counted.sum())
-        return HeldRows(self.state.batches, batch.input_ids[rows], mask, counted[rows], count, evidence)
+        together = len(batch.input_ids)
+        return HeldRows(self.state.batches, batch.input_ids[rows], mask, counted[rows], count, evidence, together)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -223,12 +223,12 @@ class Learner:
         since_s, known, first = live.account.ledger.clock.now_s(), {}, state.base is None
         if first:
             state.base, state.base_batch = Learned.of(live.fast, live.optimizer, live.objective), state.batches - 1
-            whole = rows_interact(live.routers())  # then the rows to be judged are those that were scored
-            known = {state.batches: (scored.nll.detach()[scored.counted], scored.served_j if whole else None)}
+            if not rows_interact(live.routers()):  # else the rows to be judged were scored with others beside them
+                known = {state.batches: scored.nll.detach()[scored.counted]}
         if state.layers is None:
             state.layers = chosen_layers(self.settings.layers, live.fast, scored.seen)
-        paid = [0.0]
-        given = self._given(scored, parts, paid) if len(parts) > 1 else [(self._all_of(scored), scored.seen)]
+        paid: list[tuple[int, Tensor]] = []
+        given = self._given(scored, parts, paid) if len(parts) > 1 else self._whole(scored)
         before = state.base if first else Learned.of(live.fast, live.optimizer, live.objective)
         assert before is not None
         try:
@@ -236,11 +236,11 @@ class Learner:
         except BaseException:  # memory that ran out between two parts, say: what they taught goes, what they took stays
             before.restore(live.fast, live.optimizer, live.objective)
             state.base = None if first else state.base
-            if paid[0]:
-                live.account.spend("update", batch.tokens, 2 * paid[0], since_s)
+            if paid:
+                live.account.spend("update", batch.tokens, 2 * live.account.costs.joules(paid), since_s)
             raise
         if live.objective.needs_graph:  # a backward to the activations costs as much as the forward did
-            joules = 2 * paid[0] if len(parts) > 1 else scored.served_j
+            joules = 2 * live.account.costs.joules(paid) if len(parts) > 1 else scored.served_j
             live.account.spend("update", batch.tokens, joules, since_s)
         if outcome.broken:
             return self._reset(scored, outcome.reason or "")
@@ -265,8 +265,13 @@ class Learner:
             self.live.account,
         )
 
-    def _given(self, scored: _Scored, parts: Sequence[Sequence[int]], paid: list[float]) -> Parts:
-        """Yield the parts of a batch, each read when it is its turn; add the joules of their forwards to ``paid``."""
+    def _whole(self, scored: _Scored) -> Parts:
+        """Yield the whole batch as one part, with the graph of the forward that scored it."""
+        batch = self._all_of(scored)
+        yield Part(self.live.objective.learn(batch), batch.weights, scored.seen)
+
+    def _given(self, scored: _Scored, parts: Sequence[Sequence[int]], paid: list[tuple[int, Tensor]]) -> Parts:
+        """Yield the parts of a batch, each read when it is its turn; note the work of their forwards in ``paid``."""
         live, batch, whole = self.live, scored.batch, self._all_of(scored)
         chosen, learn_on = None, self.settings.learn_on
         if rows_interact(live.routers()):
@@ -278,16 +283,12 @@ class Learner:
             ids = batch.input_ids[rows]
             mask = None if batch.mask is None else batch.mask[rows]
             tokens = ids.numel() if mask is None else int(mask.sum())
-            with (
-                live.account.aside(tokens) as cost,
-                unsteered(live.model) if free else replayed(live.model, chosen, rows),
-                torch.enable_grad(),
-                record_inputs(live.fast) as seen,
-            ):
-                nll, _ = token_nll(live.model, ids, mask)
-            assert cost.energy_j is not None
-            paid[0] += cost.energy_j
-            yield replace(whole, input_ids=ids, attention_mask=mask, nll=nll, weights=scored.weights[rows]), seen
+            weights = scored.weights[rows]
+            part = replace(whole, input_ids=ids, attention_mask=mask, nll=scored.nll[rows], weights=weights)
+            with live.account.aside(tokens) as cost:
+                proposal, seen = live.forwards.learn(part, None if chosen is None else of_rows(chosen, rows), free=free)
+            paid += cost.forwards
+            yield Part(proposal, weights, seen)
 
     def _verdict(self, known: Known) -> Judged:
         state, guards = self.state, self.live.safeguards
@@ -362,7 +363,7 @@ class Learner:
         if not due or not bucket.allows(most_j):
             return None
         counted = scored.real
-        if not rows_interact(live.routers()):  # else the whole batch has to run, and all of it judges
+        if not rows_interact(live.routers()):  # else the whole batch has to run as it was scored, and all of it judges
             chosen = some_rows(batch, SHADOW_TOKENS, self._seed("shadow"))
             counted = counted & chosen.to(counted.device).unsqueeze(-1)
         found = shadow(live, self._held_rows(batch, counted, evidence=True), scored.nll.detach()[counted])

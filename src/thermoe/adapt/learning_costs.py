@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thermoe.adapt.learning_bucket import LearningBucket
@@ -49,18 +49,42 @@ class LearningCosts:
             tokens: real tokens of the forward.
             all_experts: every expert ran on every token, whatever was chosen, as in an audit.
         """
-        decisions = [module.last_routing for module in self._modules]
-        ran = [(row, decision) for row, decision in enumerate(decisions) if decision is not None]
-        pairs = torch.zeros_like(self.table.pair_j)
-        if ran:
-            width, device = pairs.shape[1], ran[0][1].expert_index.device
-            counts = [F.pad(d.counts.detach(), (0, width - d.num_experts)).to(device) for _, d in ran]
-            pairs[[row for row, _ in ran]] = torch.stack(counts).cpu().double()
-        if all_experts:
-            for row, decision in ran:
-                pairs[row, : decision.num_experts] = tokens
-        count = torch.tensor([float(tokens)], dtype=torch.float64)
-        return float(self.table.joules(count, pairs.unsqueeze(0), (pairs > 0).unsqueeze(0)))
+        return self.joules([(tokens, self.last_counts(tokens, all_experts=all_experts))])
+
+    def last_counts(self, tokens: int, *, all_experts: bool = False) -> Tensor:
+        """Return float32 (L, E), tokens by layer and expert of the forward just made, on its device, without waiting.
+
+        Args:
+            tokens: real tokens of the forward.
+            all_experts: every expert ran on every token.
+        """
+        decisions = self.decisions()
+        device = next((d.expert_index.device for d in decisions if d is not None), torch.device("cpu"))
+        width = self.table.pair_j.shape[1]
+        none = torch.zeros(width, device=device)
+        rows = []
+        for decision in decisions:
+            if decision is None:
+                rows.append(none)
+                continue
+            if all_experts:
+                counts = torch.full((decision.num_experts,), float(tokens), device=device)
+            else:
+                counts = decision.counts.detach().to(device)
+            rows.append(F.pad(counts, (0, width - decision.num_experts)))
+        return torch.stack(rows)
+
+    def joules(self, forwards: Sequence[tuple[int, Tensor]]) -> float:
+        """Return the joules of forwards together, each given by its real tokens and its counts; waits for the device.
+
+        Args:
+            forwards: any number of (tokens, counts as `last_counts` returns them).
+        """
+        if not forwards:
+            return 0.0
+        tokens = torch.tensor([float(count) for count, _ in forwards], dtype=torch.float64)
+        pairs = torch.stack([counts for _, counts in forwards]).cpu().double()
+        return float(self.table.joules(tokens, pairs, pairs > 0).sum())
 
     def decisions(self) -> list[RoutingDecision | None]:
         """Return the decisions on record, layer by layer."""
@@ -88,11 +112,18 @@ class LearningCosts:
         return total
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Paid:
-    """Joules of a forward; ``None`` until it was made."""
+    """What a forward costs: its real tokens; its counts, on the device; its joules. ``None`` until they are known."""
 
+    tokens: int
+    counts: Tensor | None = None
     energy_j: float | None = None
+
+    @property
+    def forwards(self) -> list[tuple[int, Tensor]]:
+        """What `LearningCosts.joules` takes: the forward, or none."""
+        return [] if self.counts is None else [(self.tokens, self.counts)]
 
 
 class LearningAccount:
@@ -132,21 +163,21 @@ class LearningAccount:
             all_experts: as in `LearningCosts.last_forward_j`.
 
         Yields:
-            What it cost, known when the context is left.
+            What it cost; the joules are known when the context is left.
         """
         since_s = self.ledger.clock.now_s()
         with self.aside(tokens, all_experts=all_experts) as paid:
             yield paid
-        assert paid.energy_j is not None
+        paid.energy_j = self.costs.joules(paid.forwards)
         self.spend(kind, tokens, paid.energy_j, since_s)
 
     @contextmanager
     def aside(self, tokens: int, *, all_experts: bool = False) -> Iterator[Paid]:
-        """Make one forward that serves nobody inside the context, as `forward` does, and leave paying to the caller."""
-        paid, served = Paid(), self.costs.decisions()
+        """Make one forward that serves nobody inside the context, and leave paying to the caller; waits for nothing."""
+        paid, served = Paid(tokens), self.costs.decisions()
         try:
             with serving_nothing():
                 yield paid
-            paid.energy_j = self.costs.last_forward_j(tokens, all_experts=all_experts)
+            paid.counts = self.costs.last_counts(tokens, all_experts=all_experts)
         finally:  # who looks at the model afterwards sees the routing of what was served
             self.costs.set_decisions(served)

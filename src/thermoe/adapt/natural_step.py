@@ -59,34 +59,48 @@ class NaturalStep:
             features: by layer name, (T, C - 1), of the tokens that are learned from; of the layers that `wants` asks
                 for.
         """
-        at = 0
+        at, moving = 0, []
         for name in names:
-            fast = self.fast[name]
-            count = sum(1 for _ in fast.parameters())
+            count = sum(1 for _ in self.fast[name].parameters())
             delta_E, *matrix = gradients[at : at + count]
             at += count
-            gradient_EC = torch.cat([*matrix, delta_E.unsqueeze(1)], 1)
-            state = self.state.get(name)
-            if state is None and name not in features:
+            if name not in self.state and name not in features:
                 continue  # the layer did not run, so that there is no gradient either
-            if state is None:
-                state = self.state[name] = {
+            gradient_EC = torch.cat([*matrix, delta_E.unsqueeze(1)], 1)
+            if name not in self.state:
+                self.state[name] = {
                     "count": 0,
                     "mean": torch.zeros_like(gradient_EC),
                     "square": torch.zeros_like(gradient_EC[:, :1]),
                     **_directions(features[name]),
                 }
-            state["count"] += 1
-            natural = _times_inverse(gradient_EC, state)
-            state["mean"].lerp_(natural, 1 - BETAS[0])
-            state["square"].lerp_((natural * gradient_EC).mean(1, keepdim=True), 1 - BETAS[1])
-            mean = state["mean"] / (1 - BETAS[0] ** state["count"])
-            size = (state["square"] / (1 - BETAS[1] ** state["count"])).sqrt()
-            unused = size <= (ROUNDING_FRAC * size.amax()).clamp(min=ROUNDING)  # not so for NaN, which has to be seen
-            move = torch.where(unused, 0, self.lr * mean / size.clamp(min=ROUNDING))
-            fast.delta.sub_(move[:, -1])
-            if fast.matrix is not None:
-                fast.matrix.sub_(move[:, :-1])
+            self.state[name]["count"] += 1
+            moving.append((self.fast[name], self.state[name], gradient_EC))
+        if not moving:
+            return
+        # Layers are small: one launch for all of them where there is one, not one for each.
+        fasts, states, gradient = (list(column) for column in zip(*moving, strict=True))
+        natural = [_times_inverse(g, state) for g, state in zip(gradient, states, strict=True)]
+        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
+        torch._foreach_lerp_(means, natural, 1 - BETAS[0])
+        sizes = [product.mean(1, keepdim=True) for product in torch._foreach_mul(natural, gradient)]
+        torch._foreach_lerp_(squares, sizes, 1 - BETAS[1])
+        size = list(torch._foreach_div(squares, [1 - BETAS[1] ** state["count"] for state in states]))
+        torch._foreach_sqrt_(size)
+        most = torch._foreach_mul([one.amax() for one in size], ROUNDING_FRAC)
+        torch._foreach_clamp_min_(most, ROUNDING)
+        # Not so for NaN, which has to be seen.
+        unused = [one <= least for one, least in zip(size, most, strict=True)]
+        move = list(torch._foreach_mul(means, [self.lr / (1 - BETAS[0] ** state["count"]) for state in states]))
+        torch._foreach_clamp_min_(size, ROUNDING)
+        torch._foreach_div_(move, size)
+        move = [torch.where(still, 0, one) for still, one in zip(unused, move, strict=True)]
+        torch._foreach_sub_([fast.delta for fast in fasts], [one[:, -1] for one in move])
+        matrices = [
+            (fast.matrix, one[:, :-1]) for fast, one in zip(fasts, move, strict=True) if fast.matrix is not None
+        ]
+        if matrices:
+            torch._foreach_sub_([matrix for matrix, _ in matrices], [step for _, step in matrices])
 
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors that are kept."""

@@ -95,7 +95,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldRows:
-    """Sequences of one batch that nothing was learned from, with the rest of it where their routing depends on that.
+    """Sequences of one batch that nothing was learned from.
 
     Args:
         batch: the number of that batch.
@@ -105,6 +105,7 @@ class HeldRows:
         tokens: how many these are.
         evidence: whether the model read them better than by guessing. Text that it does not (its loss is at least
             that of a uniform guess, as it is for random tokens whatever the model) judges nothing.
+        together: sequences of that batch, which were routed together where rows interact.
     """
 
     batch: int
@@ -113,6 +114,7 @@ class HeldRows:
     counted: Tensor
     tokens: int
     evidence: bool
+    together: int
 
     @property
     def rows(self) -> int:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
-from thermoe.adapt.adapter_settings import check_reading, check_settings, chosen_layers, guards_of
+from thermoe.adapt.adapter_settings import check_flag, check_reading, check_settings, chosen_layers, guards_of
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
+from thermoe.adapt.forwards import Forwards
 from thermoe.adapt.judging import without_fast
 from thermoe.adapt.learner import Learner, ReadSettings
 from thermoe.adapt.learning_bucket import LearningBucket
@@ -76,6 +77,8 @@ class RouterAdapter:
             told to `bucket.earn`.
         min_gain_per_j: nats that a joule of learning has to gain, else updates become rarer; see `Cadence`.
         cost_model: joules of work; the prior by default.
+        graphs: record forwards of learning in CUDA graphs where that is possible (`forwards.py`); ``metrics`` says how
+            many there are, and why not.
         seed: of what is held back; the same seed and stream give the same bits.
 
     Attributes:
@@ -111,11 +114,13 @@ class RouterAdapter:
         bucket: float | None = 0.05,
         min_gain_per_j: float | None = None,
         cost_model: CostModel | None = None,
+        graphs: bool = True,
         seed: int = 0,
     ) -> None:
         check_settings(lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac)
         check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
         check_reading(by_text, learn_on, percentiles)
+        check_flag("graphs", graphs)
         self.model, self.safeguards = model, guards_of(safeguards, anchor)
         self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
         self.family, self.objective = family, objective
@@ -131,12 +136,14 @@ class RouterAdapter:
             try:
                 chosen_layers(layers, self._places.fast)
                 costs = LearningCosts(model, cost_model or CostModel.prior())
+                learns_from = make(model, seed=seed)
                 live = Live(
                     model,
                     self._places.fast,
                     FastOptimizer(self._places.fast, optimizer, lr),
-                    make(model, seed=seed),
+                    learns_from,
                     LearningAccount(costs, self.ledger, self.bucket),
+                    Forwards(model, self._places.fast, learns_from, record=graphs),
                     self.safeguards,
                     lr,
                     max_grad_norm,
@@ -306,8 +313,13 @@ class RouterAdapter:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Plain numbers and words of the present stream and the last batch; unknown is ``None``."""
-        return step_metrics(self._last, self._learner.streams.present, self.lr, self.ledger, self.bucket)
+        """Plain numbers and words of the present stream and the last batch; unknown is ``None``.
+
+        ``graphs`` is how many forwards of learning are recorded in CUDA graphs, ``graphs_reason`` why none can be.
+        """
+        found = step_metrics(self._last, self._learner.streams.present, self.lr, self.ledger, self.bucket)
+        forwards = self._learner.live.forwards
+        return found | {"graphs": forwards.recorded, "graphs_reason": forwards.why_not}
 
     def report(self) -> str:
         """Return what happened so far, for people."""
