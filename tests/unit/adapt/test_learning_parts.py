@@ -457,6 +457,7 @@ def test_a_part_that_breaks_leaves_nothing_half_done(first: bool, monkeypatch: p
 
         with monkeypatch.context() as patch:
             patch.setattr(learner, "token_nll", breaks)
+            patch.setattr(forwards, "token_nll", breaks)
             with pytest.raises(torch.OutOfMemoryError):
                 adapter.score_and_learn(ids)
         assert len(calls) == 4 and all(router.replay is None for router in _routers(model))
