@@ -166,6 +166,7 @@ class Forwards:
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())
+            self._forget_graphs()
             with torch.cuda.stream(self._stream):
                 work(inputs)  # what a first run on a stream sets up is no part of the recording
                 self._forget_graphs()
@@ -228,6 +229,6 @@ def _fingerprint(model: nn.Module) -> list[Any]:
     ]
     for module in model.modules():
         found.append(id(module))
-        found.append([(k, v) for k, v in vars(module).items() if v is None or type(v) in (bool, int, float, str)])
+        found.append([(k, v) for k, v in vars(module).items() if type(v) in (bool, int, float, str)])
     found.append([(t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())])
     return found

@@ -8,13 +8,13 @@ Shape letters: L routed layers, E experts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from thermoe.adapt.learning_bucket import LearningBucket
 from thermoe.adapt.learning_work import LearningKind, LearningLedger, LearningWork, serving_nothing
@@ -58,21 +58,23 @@ class LearningCosts:
             tokens: real tokens of the forward.
             all_experts: every expert ran on every token.
         """
-        decisions = self.decisions()
+        decisions, width = self.decisions(), self.table.pair_j.shape[1]
         device = next((d.expert_index.device for d in decisions if d is not None), torch.device("cpu"))
-        width = self.table.pair_j.shape[1]
-        none = torch.zeros(width, device=device)
-        rows = []
-        for decision in decisions:
-            if decision is None:
-                rows.append(none)
-                continue
+        counts = torch.zeros(len(decisions), width + 1, device=device)
+        # Layers of one shape together: launches cost more than the counting.
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for layer, decision in enumerate(decisions):
+            if decision is not None:
+                alike[decision.expert_index.numel(), decision.num_experts].append(layer)
+        for (_, experts), layers in alike.items():
             if all_experts:
-                counts = torch.full((decision.num_experts,), float(tokens), device=device)
-            else:
-                counts = decision.counts.detach().to(device)
-            rows.append(F.pad(counts, (0, width - decision.num_experts)))
-        return torch.stack(rows)
+                counts[layers, :experts] = float(tokens)
+                continue
+            flat = [d.expert_index.reshape(-1).to(device) for i in layers if (d := decisions[i]) is not None]
+            index = torch.stack(flat)
+            index = torch.where(index < experts, index, width)
+            counts[layers] = counts[layers].scatter_add(1, index, torch.ones((), device=device).expand_as(index))
+        return counts[:, :-1]
 
     def joules(self, forwards: Sequence[tuple[int, Tensor]]) -> float:
         """Return the joules of forwards together, each given by its real tokens and its counts; waits for the device.

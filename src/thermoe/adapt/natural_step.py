@@ -8,11 +8,12 @@ damped by its mean eigenvalue, so that small directions are not blown up; what i
 first tokens that are learned from, as a few eigenvectors, which is all that has to be kept. The size of a step
 follows the gradient's own, averaged per expert, as in Adam.
 
-Shape letters: T tokens, E experts, C features and one for delta, R directions.
+Shape letters: L layers, T tokens, E experts, C features and one for delta, R directions.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ class NaturalStep:
             features: by layer name, (T, C - 1), of the tokens that are learned from; of the layers that `wants` asks
                 for.
         """
-        at, moving = 0, []
+        at = 0
+        alike: dict[Any, list[tuple[FastWeights, dict[str, Any], Tensor]]] = defaultdict(list)
         for name in names:
             count = sum(1 for _ in self.fast[name].parameters())
             delta_E, *matrix = gradients[at : at + count]
@@ -74,33 +76,33 @@ class NaturalStep:
                     "square": torch.zeros_like(gradient_EC[:, :1]),
                     **_directions(features[name]),
                 }
-            self.state[name]["count"] += 1
-            moving.append((self.fast[name], self.state[name], gradient_EC))
-        if not moving:
-            return
-        # Layers are small: one launch for all of them where there is one, not one for each.
-        fasts, states, gradient = (list(column) for column in zip(*moving, strict=True))
-        natural = [_times_inverse(g, state) for g, state in zip(gradient, states, strict=True)]
-        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
-        torch._foreach_lerp_(means, natural, 1 - BETAS[0])
-        sizes = [product.mean(1, keepdim=True) for product in torch._foreach_mul(natural, gradient)]
-        torch._foreach_lerp_(squares, sizes, 1 - BETAS[1])
-        size = list(torch._foreach_div(squares, [1 - BETAS[1] ** state["count"] for state in states]))
-        torch._foreach_sqrt_(size)
-        most = torch._foreach_mul([one.amax() for one in size], ROUNDING_FRAC)
-        torch._foreach_clamp_min_(most, ROUNDING)
-        # Not so for NaN, which has to be seen.
-        unused = [one <= least for one, least in zip(size, most, strict=True)]
-        move = list(torch._foreach_mul(means, [self.lr / (1 - BETAS[0] ** state["count"]) for state in states]))
-        torch._foreach_clamp_min_(size, ROUNDING)
-        torch._foreach_div_(move, size)
-        move = [torch.where(still, 0, one) for still, one in zip(unused, move, strict=True)]
-        torch._foreach_sub_([fast.delta for fast in fasts], [one[:, -1] for one in move])
-        matrices = [
-            (fast.matrix, one[:, :-1]) for fast, one in zip(fasts, move, strict=True) if fast.matrix is not None
-        ]
+            state = self.state[name]
+            state["count"] += 1
+            kind = gradient_EC.shape, state["vectors"].shape, state["count"], gradient_EC.device
+            alike[kind].append((self.fast[name], state, gradient_EC))
+        for layers in alike.values():
+            self._move([fast for fast, _, _ in layers], [s for _, s, _ in layers], torch.stack([g for *_, g in layers]))
+
+    def _move(self, fasts: Sequence[FastWeights], states: Sequence[Mapping[str, Any]], gradient_LEC: Tensor) -> None:
+        """Move layers of one shape that have taken as many steps: they are small, and one launch does for all."""
+        count = states[0]["count"]
+        damping, vectors, added, mean, square = (
+            torch.stack([state[key] for state in states]) for key in ("damping", "vectors", "added", "mean", "square")
+        )
+        along = torch.bmm(gradient_LEC, vectors) * added.unsqueeze(1)
+        natural = gradient_LEC / damping.view(-1, 1, 1) + torch.bmm(along, vectors.mT)
+        mean.lerp_(natural, 1 - BETAS[0])
+        square.lerp_((natural * gradient_LEC).mean(2, keepdim=True), 1 - BETAS[1])
+        torch._foreach_copy_([state["mean"] for state in states], list(mean.unbind()))
+        torch._foreach_copy_([state["square"] for state in states], list(square.unbind()))
+        size = (square / (1 - BETAS[1] ** count)).sqrt()
+        unused = size <= (ROUNDING_FRAC * size.amax((1, 2), keepdim=True)).clamp(min=ROUNDING)  # NaN has to be seen
+        move = torch.where(unused, 0, self.lr / (1 - BETAS[0] ** count) * mean / size.clamp(min=ROUNDING))
+        deltas: list[Tensor] = [fast.delta for fast in fasts]
+        torch._foreach_sub_(deltas, list(move[..., -1].unbind()))
+        matrices: list[Tensor] = [fast.matrix for fast in fasts if fast.matrix is not None]
         if matrices:
-            torch._foreach_sub_([matrix for matrix, _ in matrices], [step for _, step in matrices])
+            torch._foreach_sub_(matrices, list(move[..., :-1].unbind()))
 
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors that are kept."""
@@ -146,9 +148,3 @@ def _directions(features: Tensor) -> dict[str, Tensor]:
     values, within = torch.linalg.eigh(seen.T @ seen / tokens)
     values, vectors = values[-DIRECTIONS:].clamp(min=0), (found @ within)[:, -DIRECTIONS:]
     return {"damping": damping, "vectors": vectors, "added": 1 / (values + damping) - 1 / damping}
-
-
-def _times_inverse(gradient_EC: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return the gradient times the inverse of the damped second moment."""
-    along = gradient_EC @ state["vectors"]
-    return gradient_EC / state["damping"] + (along * state["added"]) @ state["vectors"].T

@@ -21,6 +21,9 @@ from thermoe.evaluation import check_token_ids
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
 
+#: A target that is none.
+NOTHING = -100
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -199,9 +202,10 @@ def token_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tuple
         if not bool(mask[:, 0].all()):
             told["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     logits = model(input_ids, **told).logits
-    targets = input_ids[:, 1:].to(logits.device)
-    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return nll.view(input_ids.shape[0], -1), logits.shape[-1]
+    # The last position predicts nothing: to leave it out of the sum is cheaper than to cut it out of the logits.
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=NOTHING).to(logits.device)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=NOTHING)
+    return nll.view(input_ids.shape)[:, :-1], logits.shape[-1]
 
 
 def some_rows(batch: Batch, tokens: int, seed: str) -> Tensor:

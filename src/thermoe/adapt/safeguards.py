@@ -133,12 +133,14 @@ def trust_region_scale(slow_LTO: Tensor, correction_LTO: Tensor, cap: float) -> 
     """Return the largest scales (L,) in [0, 1] at which the KL of each layer is at most ``cap``, and these KLs (L,).
 
     A family of fast weights is linear in its parameters, so that scaling them scales the correction; the KL is convex
-    in the scale with its minimum of 0 at 0, so that bisection finds the edge. Works on the device and reads nothing.
-    A layer inside the region gets exactly 1.
+    in the scale with its minimum of 0 at 0, so that bisection finds the edge. A layer inside the region gets exactly 1;
+    whether all are is asked first, which waits for the device once.
     """
     target = cap * (1 - ROUNDING)
     high = torch.ones(slow_LTO.shape[0], device=slow_LTO.device)
     whole = router_kl(slow_LTO, correction_LTO, high)
+    if bool((whole <= target).all()):
+        return high, whole
     low = torch.zeros_like(high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
