@@ -51,7 +51,7 @@ def _stir(adapter: RouterAdapter) -> None:
 
 def _both(adapter: RouterAdapter) -> tuple[Forwards, Forwards]:
     live = adapter._learner.live
-    eager = Forwards(live.model, live.fast, live.objective, record=False)
+    eager = Forwards(live.model, live.fast, live.objective, live.account.costs, record=False)
     eager.begin()
     live.forwards.begin()
     assert live.forwards.why_not is None, live.forwards.why_not
@@ -68,7 +68,7 @@ def test_recorded_gradients_are_those_of_every_kernel_by_itself(kind: str, how: 
     model = _model(kind)
     with RouterAdapter(model, bucket=None) as adapter:
         _stir(adapter)
-        forwards, eager = _both(adapter)
+        forwards, eager, live = *_both(adapter), adapter._learner.live
         for number, ids in enumerate(batch.cuda() for batch in batches("code", RECORD_AT_USE + 2)):
             with torch.no_grad():
                 model(ids)
@@ -80,9 +80,10 @@ def test_recorded_gradients_are_those_of_every_kernel_by_itself(kind: str, how: 
             for one in (eager, forwards):
                 proposal, seen = one.learn(part, their, free=how == "free")
                 assert set(seen) == set(adapter._learner.live.fast)
-                decisions = [module.last_routing for _, module in routed_modules(model)]
                 inputs = [layer.x.clone() for layer in seen.values()]
-                index = [d.expert_index.clone() for d in decisions]
+                index = [module.last_routing.expert_index.clone() for _, module in routed_modules(model)]
+                counts = live.account.costs.last_counts(0)
+                assert one.counts is None or torch.equal(one.counts, counts)
                 made.append(([g.clone() for g in proposal.gradients], proposal.loss.clone(), inputs, index))
             (gradients, loss, x, index), (recorded, its_loss, its_x, its_index) = made
             torch.testing.assert_close(its_loss, loss, rtol=1e-3, atol=1e-3)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thermoe.adapt.learning_costs import LearningCosts
 from thermoe.adapt.learning_parts import replayed, unsteered
 from thermoe.adapt.objectives import LearnBatch, Objective, Proposal
 from thermoe.adapt.reading import RouterInput, record_inputs, token_nll
@@ -44,6 +45,7 @@ class _Recorded:
     given: dict[str, Tensor]
     result: Any
     decisions: list[RoutingDecision | None]
+    counts: Tensor
 
 
 class Forwards:
@@ -53,16 +55,26 @@ class Forwards:
         model: the model, with its fast weights in place.
         fast: by layer name.
         objective: what gradients are of.
+        costs: counts the work of forwards.
         record: whether CUDA graphs may be used.
 
     Attributes:
         why_not: why nothing is recorded, or ``None``.
+        counts: float32 (L, E), tokens by layer and expert of the last forward, where it was a recorded one; else
+            ``None``: they follow from the decisions on record.
     """
 
     def __init__(
-        self, model: nn.Module, fast: Mapping[str, FastWeights], objective: Objective, *, record: bool
+        self,
+        model: nn.Module,
+        fast: Mapping[str, FastWeights],
+        objective: Objective,
+        costs: LearningCosts,
+        *,
+        record: bool,
     ) -> None:
-        self._model, self._fast, self._objective, self._record = model, fast, objective, record
+        self._model, self._fast, self._objective, self._costs, self._record = model, fast, objective, costs, record
+        self.counts: Tensor | None = None
         self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
         self._uses: Counter[Any] = Counter()
         self._print: list[Any] = []
@@ -135,6 +147,7 @@ class Forwards:
     # -- recording -----------------------------------------------------------------------------------------------------
 
     def _run(self, use: Any, work: Callable[[Mapping[str, Tensor]], Any], given: dict[str, Tensor], mask: Any) -> Any:
+        self.counts = None
         if self.why_not is not None or mask is not None:
             return work(given)
         key = use, tuple((name, value.shape, value.dtype) for name, value in given.items())
@@ -157,6 +170,7 @@ class Forwards:
         held.graph.replay()
         for (_, module), decision in zip(routed_modules(self._model), held.decisions, strict=True):
             module.last_routing = decision
+        self.counts = held.counts.clone()
         return held.result
 
     def _made(self, work: Callable[[Mapping[str, Tensor]], Any], given: Mapping[str, Tensor]) -> _Recorded:
@@ -176,7 +190,8 @@ class Forwards:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work(inputs)
-            return _Recorded(graph, inputs, result, self._forget_graphs())
+                counts = self._costs.last_counts(0)
+            return _Recorded(graph, inputs, result, self._forget_graphs(), counts)
 
     def _forget_graphs(self) -> list[RoutingDecision | None]:
         """Let go of the autograd history of the decisions on record, which belongs to a stream; return them."""

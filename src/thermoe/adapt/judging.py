@@ -91,6 +91,7 @@ def held_nll(live: Live, rows: Sequence[HeldRows], kind: LearningKind) -> tuple[
             )
         with live.account.forward(kind, sum(rows[i].forward_tokens for i in places)) as paid:
             nll = live.forwards.nll(ids, mask)
+            paid.counts = live.forwards.counts
         assert paid.energy_j is not None
         energy_j += paid.energy_j
         for i, part in zip(places, nll.split([len(rows[i].input_ids) for i in places]), strict=True):

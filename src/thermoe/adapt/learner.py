@@ -287,6 +287,7 @@ class Learner:
             part = replace(whole, input_ids=ids, attention_mask=mask, nll=scored.nll[rows], weights=weights)
             with live.account.aside(tokens) as cost:
                 proposal, seen = live.forwards.learn(part, None if chosen is None else of_rows(chosen, rows), free=free)
+                cost.counts = live.forwards.counts
             paid += cost.forwards
             yield Part(proposal, weights, seen)
 

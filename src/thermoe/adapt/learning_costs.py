@@ -116,7 +116,10 @@ class LearningCosts:
 
 @dataclass(slots=True, eq=False)
 class Paid:
-    """What a forward costs: its real tokens; its counts, on the device; its joules. ``None`` until they are known."""
+    """What a forward costs: its real tokens; its counts, on the device; its joules. ``None`` until they are known.
+
+    Counts that are not given inside the context are taken from the decisions on record.
+    """
 
     tokens: int
     counts: Tensor | None = None
@@ -180,6 +183,7 @@ class LearningAccount:
         try:
             with serving_nothing():
                 yield paid
-            paid.counts = self.costs.last_counts(tokens, all_experts=all_experts)
+            if paid.counts is None:
+                paid.counts = self.costs.last_counts(tokens, all_experts=all_experts)
         finally:  # who looks at the model afterwards sees the routing of what was served
             self.costs.set_decisions(served)

@@ -143,7 +143,7 @@ class RouterAdapter:
                     FastOptimizer(self._places.fast, optimizer, lr),
                     learns_from,
                     LearningAccount(costs, self.ledger, self.bucket),
-                    Forwards(model, self._places.fast, learns_from, record=graphs),
+                    Forwards(model, self._places.fast, learns_from, costs, record=graphs),
                     self.safeguards,
                     lr,
                     max_grad_norm,
