@@ -60,21 +60,23 @@ class LearningCosts:
         """
         decisions, width = self.decisions(), self.table.pair_j.shape[1]
         device = next((d.expert_index.device for d in decisions if d is not None), torch.device("cpu"))
-        counts = torch.zeros(len(decisions), width + 1, device=device)
+        rows = [torch.zeros(width + 1, device=device)] * len(decisions)
         # Layers of one shape together: launches cost more than the counting.
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for layer, decision in enumerate(decisions):
             if decision is not None:
                 alike[decision.expert_index.numel(), decision.num_experts].append(layer)
         for (_, experts), layers in alike.items():
+            counts = torch.zeros(len(layers), width + 1, device=device)
             if all_experts:
-                counts[layers, :experts] = float(tokens)
-                continue
-            flat = [d.expert_index.reshape(-1).to(device) for i in layers if (d := decisions[i]) is not None]
-            index = torch.stack(flat)
-            index = torch.where(index < experts, index, width)
-            counts[layers] = counts[layers].scatter_add(1, index, torch.ones((), device=device).expand_as(index))
-        return counts[:, :-1]
+                counts[:, :experts] = float(tokens)
+            else:
+                index = torch.stack([d.expert_index.reshape(-1).to(device) for i in layers if (d := decisions[i])])
+                index = torch.where(index < experts, index, width)
+                counts.scatter_add_(1, index, torch.ones((), device=device).expand_as(index))
+            for layer, row in zip(layers, counts, strict=True):
+                rows[layer] = row
+        return torch.stack(rows)[:, :-1]
 
     def joules(self, forwards: Sequence[tuple[int, Tensor]]) -> float:
         """Return the joules of forwards together, each given by its real tokens and its counts; waits for the device.
