@@ -36,7 +36,7 @@ def check_settings(**settings: Any) -> None:
         "max_grad_norm": (lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
         "min_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of at least 0", 0),
         "held_frac": (lambda x: 0 <= x < 1, "a number from 0 to below 1", 0.125),
-        "steps": (lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1", 4),
+        "steps": (lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1", 16),
         "seed": (lambda x: isinstance(x, int), "an integer", 0),
         "min_gain_per_j": (lambda x: 0 <= x < math.inf, "a finite number of at least 0, or None", None),
     }

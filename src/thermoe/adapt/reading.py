@@ -119,6 +119,14 @@ class HeldRows:
     evidence: bool
     together: int
 
+    @classmethod
+    def of(cls, number: int, batch: Batch, counted: Tensor, *, evidence: bool) -> HeldRows:
+        """Return the rows of a batch that have a predicted token in ``counted``, bool (B, S - 1)."""
+        rows = counted.any(-1).to(batch.input_ids.device)
+        mask = None if batch.mask is None else batch.mask[rows]
+        ids = batch.input_ids
+        return cls(number, ids[rows], mask, counted[rows], int(counted.sum()), evidence, len(ids))
+
     @property
     def rows(self) -> int:
         """Sequences of a forward over these rows."""

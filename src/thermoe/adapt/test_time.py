@@ -103,7 +103,7 @@ class RouterAdapter:
         rank: int = 8,
         objective: str = "next_token",
         optimizer: str = "natural",
-        steps: int = 4,
+        steps: int = 16,
         learn_on: str = "both",
         by_text: bool = True,
         layers: str | Sequence[int | str] = "all",

@@ -276,7 +276,9 @@ def test_s3_three_rejections_in_a_row_rest_and_keep_what_was_accepted(monkeypatc
         learner = adapter._learner
         learner.state.base = None  # an update that waits for its verdict would be undone with the others
         before = [p.detach().clone() for p in adapter.parameters()]
-        monkeypatch.setattr(learner, "_verdict", lambda known: Judged("rejected", "for the test", None, None, None))
+        monkeypatch.setattr(
+            learner, "_verdict", lambda known, judges: Judged("rejected", "for the test", None, None, None)
+        )
         steps = [adapter.score_and_learn(batch) for batch in batches("code", 9)[6:]]
         monkeypatch.undo()
         assert [step.verdict for step in steps] == ["rejected"] * 3
@@ -289,10 +291,10 @@ def test_s3_three_rejections_in_a_row_rest_and_keep_what_was_accepted(monkeypatc
 
 
 def _rows_of(adapter: RouterAdapter, rows: Tensor) -> Any:
-    from thermoe.adapt.reading import Batch
+    from thermoe.adapt.reading import Batch, HeldRows
 
     batch = Batch.of(rows, None, None)
-    return adapter._learner._held_rows(batch, batch.real, evidence=True)
+    return HeldRows.of(adapter._learner.state.batches, batch, batch.real, evidence=True)
 
 
 def test_s3_what_is_held_back_is_not_learned_from() -> None:
