@@ -235,7 +235,7 @@ def test_t14_what_is_plainly_another_text_does_not_reach_what_was_learned() -> N
 def test_steps_are_shorter_after_one_that_went_too_far(sign: int, factor: float) -> None:
     """The gradient of a batch that the last one helped points against its move; turned round it was too far."""
     model, batch = trained_model(), batches("code", 1)[0]
-    with RouterAdapter(model, bucket=None, lr=0.02, safeguards=OFF) as adapter:
+    with RouterAdapter(model, bucket=None, lr=0.02, steps=4, safeguards=OFF) as adapter:
         adapter._learner.live.optimizer.lr = lr = 0.01
         adapter.score_and_learn(batch)
         state = adapter._learner.state
@@ -247,7 +247,8 @@ def test_steps_are_shorter_after_one_that_went_too_far(sign: int, factor: float)
 
 def test_a_pull_that_outweighs_the_steps_does_not_shorten_them() -> None:
     model, batch = trained_model(), batches("code", 1)[0]
-    with RouterAdapter(model, bucket=None, lr=1e-3, safeguards=Safeguards(anchor=0.5, judge=False)) as adapter:
+    guards = Safeguards(anchor=0.5, judge=False)
+    with RouterAdapter(model, bucket=None, lr=1e-3, steps=4, safeguards=guards) as adapter:
         for _ in range(12):
             assert adapter.score_and_learn(batch).learned
         assert adapter.lr == 1e-3
@@ -396,7 +397,7 @@ def test_s5_the_ratio_is_that_of_effective_experts() -> None:
 def test_s5_crowded_routers_are_pushed_back_then_reset() -> None:
     model = trained_model()
     guards = Safeguards(judge=False, kl_cap=None, shadow=False, anchor=1.0)
-    with _adapter(model, guards, lr=1e-4, family="bias") as adapter:
+    with _adapter(model, guards, lr=1e-4, steps=4, family="bias") as adapter:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter[:2] = 50.0  # two experts take every token
@@ -405,7 +406,7 @@ def test_s5_crowded_routers_are_pushed_back_then_reset() -> None:
         assert [step.verdict for step in steps] == ["accepted"] * 5 + ["reset"]
         assert "fewer than" in (steps[-1].reason or "")
         assert all((p == 0).all() for p in adapter.parameters())
-    with _adapter(model, guards, lr=1e-4, family="bias") as adapter:
+    with _adapter(model, guards, lr=1e-4, steps=4, family="bias") as adapter:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter[:2] = 50.0
