@@ -313,7 +313,8 @@ def test_bad_budgets_are_refused_with_the_range(budget: Any, meter: EnergyMeter)
     [
         (
             "0 W",
-            "on this machine and model less than the 700 W of the board's limit, with {power_w:.0f} W drawn now (simulated)",
+            "on this machine and model less than the 700 W of the board's limit, "
+            "with {power_w:.0f} W drawn now (simulated)",
         ),
         ({"temp_c": math.nan}, "on this machine and model more than at rest, with {temp_c:.0f} C now (simulated)"),
         ("20 mW/token", "of several together, less than the 700 W"),
