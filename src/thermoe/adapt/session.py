@@ -34,6 +34,7 @@ from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.instrument import Instrument
 from thermoe.adapt.price import feasible_range
 from thermoe.adapt.price_holder import PriceHolder
+from thermoe.adapt.sensing import sensed_range
 from thermoe.adapt.session_arguments import Feedback, check_session_arguments, check_shape
 from thermoe.adapt.session_learning import Learn
 from thermoe.adapt.session_loop import SessionLoop, state_of
@@ -112,14 +113,14 @@ class AdaptiveSession:
         self.model = model
         self._cost_model = cost_model
         self._instrument: Instrument | None = None
+        self._loop: SessionLoop | None = None
+        self._meter_given, self._meter = meter, meter
         parsed = self._parsed(budget)
         settings = {"period_s": window_s, "delay_windows": DELAY_WINDOWS, **(control or {})}
         self._holder = PriceHolder(BudgetController(parsed, **settings))
-        self._meter_given, self._meter = meter, meter
         self._provenance_modelled, self._cost_reason = "estimated", "not chosen yet"
         self._feedback: Feedback = feedback
         self._window_s, self._auto_step, self._on_step, self._solve_every = window_s, auto_step, on_step, solve_every
-        self._loop: SessionLoop | None = None
         self._router_options = dict(router or {})
         self.metrics: dict[str, Any] = {}
         self.tally = Tally()
@@ -323,7 +324,9 @@ class AdaptiveSession:
         try:
             return Budget.parse(budget)
         except ConfigError:
-            return Budget.parse(budget, feasible=self.feasible())
+            meter = self._meter_given if self._loop is None else self._meter
+            told = {"j_per_token": self.feasible(), **sensed_range(meter, self.model)}
+            return Budget.parse(budget, feasible={name: words for name, words in told.items() if words is not None})
 
     def _push(self) -> None:
         if self._loop is not None:
