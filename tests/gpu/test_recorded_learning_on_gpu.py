@@ -74,7 +74,7 @@ def test_recorded_gradients_are_those_of_every_kernel_by_itself(kind: str, how: 
                 model(ids)
             chosen = choices(model, tuple(ids.shape))
             assert chosen is not None
-            their = of_rows(chosen, [0, 3, 5, 9]) if how == "given" else None
+            their = of_rows(chosen, torch.tensor([0, 3, 5, 9])) if how == "given" else None
             part = _batch(adapter, ids[[0, 3, 5, 9]])
             made = []
             for one in (eager, forwards):

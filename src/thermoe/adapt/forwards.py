@@ -116,7 +116,7 @@ class Forwards:
         """Return what the objective makes of a part of a batch, and what the routers saw; both as `nll` says.
 
         Args:
-            batch: the part; its ``nll`` is not read.
+            batch: the part; its ``nll``, which may be that of the whole batch, is not read.
             chosen: int64 (T, K) by layer, what its tokens are given; ``None``: routers choose.
             free: each token has its own top-k instead, whatever price or capacity.
         """

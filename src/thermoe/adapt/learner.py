@@ -236,15 +236,16 @@ class Learner:
         turn = self.state.batches if len(parts) == 1 else 0
         if rows_interact(live.routers()):
             chosen = choices(live.model, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
-        for number, rows in enumerate(parts):
-            if not bool((scored.weights[rows] > 0).any()):
+        for number, members in enumerate(parts):
+            rows = torch.tensor(members, device=batch.input_ids.device)
+            weights = scored.weights[rows.to(scored.weights.device)]
+            if self.settings.percentiles is not None and not bool((weights > 0).any()):
                 continue  # percentiles, which are known only now, left nothing of it
             free = learn_on == "unsteered" or (learn_on == "both" and (number + turn) % 2 == 1)
             ids = batch.input_ids[rows]
             mask = None if batch.mask is None else batch.mask[rows]
             tokens = ids.numel() if mask is None else int(mask.sum())
-            weights = scored.weights[rows]
-            part = replace(whole, input_ids=ids, attention_mask=mask, nll=scored.nll[rows], weights=weights)
+            part = replace(whole, input_ids=ids, attention_mask=mask, weights=weights)
             with live.account.aside(tokens) as cost:
                 proposal, seen = live.forwards.learn(part, None if chosen is None else of_rows(chosen, rows), free=free)
                 cost.counts = live.forwards.counts

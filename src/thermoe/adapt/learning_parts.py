@@ -17,7 +17,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from thermoe.moe.layer import routed_modules
@@ -62,9 +61,9 @@ def unsteered(model: nn.Module) -> Iterator[None]:
             router.unsteered = False
 
 
-def of_rows(chosen: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor | None]:
-    """Return by layer the ids (T, K) of some sequences, of those that `choices` returned."""
-    return [None if ids is None else ids[torch.tensor(rows, device=ids.device)].flatten(0, 1) for ids in chosen]
+def of_rows(chosen: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    """Return by layer the ids (T, K) of some sequences, int64 (R,), of those that `choices` returned."""
+    return [None if ids is None else ids[rows.to(ids.device)].flatten(0, 1) for ids in chosen]
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from thermoe.routers.fast_weights import FastWeights
 
 #: Steps become shorter where the last update went too far, longer where it did not; least share of the step size.
 SHORTER, LONGER, LEAST_LR_FRAC = 0.7, 1.15, 1 / 16
+NOT_FINITE = "the loss or its gradient is not finite"
 #: Most tokens on which the trust region is measured.
 REGION_TOKENS = 2048
 
@@ -147,15 +148,17 @@ def update(
         if waiting is not None:
             return Outcome(reason=waiting, collected=True)
         norm = torch.nn.utils.get_total_norm(gradients)
-        sums = norm if proposal.loss is None else norm + proposal.loss.to(norm.device)
-        if not bool(torch.isfinite(sums)):
-            return Outcome(reason="the loss or its gradient is not finite", broken=True)
-        if not stepped:  # of text that nothing was learned from yet
+        finite = torch.isfinite(norm if proposal.loss is None else norm + proposal.loss.to(norm.device))
+        first, stepped = not stepped, True
+        if first:  # of text that nothing was learned from yet
+            if not bool(finite):
+                return Outcome(reason=NOT_FINITE, broken=True)
             back = _heed(live, state, list(fast.values()), gradients)
         scale = (live.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        features = _features(live, fast, part)
-        live.optimizer.step(list(fast), torch._foreach_mul(gradients, scale), features)
-        stepped = True
+        live.optimizer.step(list(fast), _scaled(gradients, scale), _features(live, fast, part))
+        # Asked when the step is on its way, so that the device has work while the host waits; a reset undoes it all.
+        if not first and not bool(finite):
+            return Outcome(reason=NOT_FINITE, broken=True)
     if nothing is not None and not stepped:
         return Outcome(reason=nothing)
     outcome = Outcome()
@@ -210,6 +213,12 @@ def _heed(live: Live, state: StreamState, fast: Sequence[FastWeights], gradients
         live.optimizer.lr = min(max(changed, live.lr * LEAST_LR_FRAC), max(live.lr, live.optimizer.lr))
     retreat = live.safeguards.retreat
     return None if retreat == 1 else torch.where(outward > 0, retreat, 1.0)
+
+
+def _scaled(gradients: list[Tensor], scale: Tensor) -> Sequence[Tensor]:
+    if len({gradient.device for gradient in gradients}) == 1:
+        return torch._foreach_mul(gradients, scale)
+    return [gradient * scale.to(gradient.device) for gradient in gradients]
 
 
 def _features(live: Live, fast: Mapping[str, FastWeights], part: Part) -> dict[str, Tensor]:

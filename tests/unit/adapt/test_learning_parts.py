@@ -131,7 +131,7 @@ def test_replayed_rows_are_routed_as_in_their_batch(kind: str, padded: bool) -> 
     assert chosen is not None
     real = mask[rows].bool()
     expected = [index.view(6, 10, -1)[rows].flatten(0, 1) for index in routed]
-    with replayed(model, None if chosen is None else of_rows(chosen, rows)):
+    with replayed(model, None if chosen is None else of_rows(chosen, torch.tensor(rows))):
         logits = model(ids[rows], attention_mask=mask[rows]).logits
     assert all(torch.equal(a, b) for a, b in zip(_ids(model), expected, strict=True))
     torch.testing.assert_close(logits[real], whole[rows][real], rtol=1e-5, atol=1e-5)
@@ -147,7 +147,7 @@ def test_the_gradient_reaches_the_router_through_what_is_replayed() -> None:
     model, ids = _model("priced"), random_tokens(4, 10)
     model(ids)
     chosen = choices(model, (4, 10))
-    with replayed(model, of_rows(chosen, [0, 2])):
+    with replayed(model, of_rows(chosen, torch.tensor([0, 2]))):
         model(ids[[0, 2]]).logits.square().mean().backward()
     assert all(float(router.weight.grad.norm()) > 0 for router in _routers(model))
 
@@ -157,14 +157,14 @@ def test_routers_choose_again_afterwards_even_after_an_error() -> None:
     with torch.no_grad():
         before = model(ids).logits
     chosen = choices(model, (4, 10))
-    with pytest.raises(KeyError), replayed(model, of_rows(chosen, [0])):
+    with pytest.raises(KeyError), replayed(model, of_rows(chosen, torch.tensor([0]))):
         assert all(router.replay is not None for router in _routers(model))
         raise KeyError
     assert all(router.replay is None for router in _routers(model))
     with replayed(model, None):
         assert all(router.replay is None for router in _routers(model))
     assert chosen is not None
-    with pytest.raises(IndexError), replayed(model, of_rows(chosen, [7])):
+    with pytest.raises(IndexError), replayed(model, of_rows(chosen, torch.tensor([7]))):
         pass
     assert all(router.replay is None for router in _routers(model)), "nor where it could not be set"
     with torch.no_grad():
@@ -371,7 +371,7 @@ def test_parts_cost_twice_their_forwards_and_are_one_piece_of_work(kind: str | N
             with torch.no_grad():
                 model(ids)
                 chosen = choices(model, (8, 12)) if kind else None
-                with replayed(model, None if chosen is None else of_rows(chosen, rows)):
+                with replayed(model, None if chosen is None else of_rows(chosen, torch.tensor(rows))):
                     model(batch.input_ids)
             forwards_j += account.costs.last_forward_j(batch.input_ids.numel())
         assert step.learning_j == pytest.approx(2 * forwards_j, rel=1e-12) and forwards_j > 0
