@@ -32,9 +32,12 @@ from thermoe.moe.layer import MoELayer, routed_modules
 from thermoe.routers.fast_weights import FastWeights
 
 #: A shape is recorded at this use of it; of so many, the one that was not used for longest makes room.
-RECORD_AT_USE, MOST_RECORDED = 3, 8
+#: It is recorded again after `LATER` more uses.
+RECORD_AT_USE, MOST_RECORDED, LATER = 3, 8, 32
 #: Backends of experts that never wait for the host where `default_backend` is one of them.
 SYNC_FREE = ("auto", "fused", "grouped")
+#: What layers note of a forward before it, which decides nothing in the next.
+NOTED = ("call_shape",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +141,7 @@ class Forwards:
                 return self._objective.learn(part), seen
 
         if not getattr(self._objective, "recordable", False):
+            self.counts = None
             return work(given)
         found: tuple[Proposal, Mapping[str, RouterInput]] = self._run(
             ("learn", free, tuple(batch.fast)), work, given, batch.attention_mask
@@ -163,7 +167,8 @@ class Forwards:
                 self._recorded.clear()
                 return work(given)
             if len(self._recorded) > MOST_RECORDED:
-                self._recorded.popitem(last=False)
+                gone, _ = self._recorded.popitem(last=False)
+                self._uses[gone] = -LATER  # or a few shapes too many would be recorded in turn, again and again
         self._recorded.move_to_end(key)
         for name, value in given.items():
             held.given[name].copy_(value)
@@ -221,8 +226,8 @@ class Forwards:
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             if not all(getattr(hook, "in_graphs", False) for hook in hooks) or module._backward_hooks:
                 return f"{name or type(model).__name__} has hooks"
-            if hasattr(module, "_hf_hook"):
-                return f"{name or type(model).__name__} is dispatched"
+            if "forward" in vars(module):  # as accelerate does to move weights in and out
+                return f"{name or type(model).__name__} has a forward that was put in from outside"
         for name, module in routed_modules(model):
             if not isinstance(module, MoELayer) or module.backend not in SYNC_FREE:
                 return f"the experts of {name} may wait for the host"
@@ -231,6 +236,16 @@ class Forwards:
             if not type(module.router).__module__.startswith("thermoe."):
                 return f"the router of {name}, {type(module.router).__name__}, may wait for the host"
         return None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a setting: a number, a flag, a text, or a short collection of them."""
+    if type(value) in (bool, int, float, str):
+        return True
+    if type(value) not in (list, tuple, dict) or len(value) > 64:
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return all(type(one) in (bool, int, float, str) for one in inside)
 
 
 def _fingerprint(model: nn.Module) -> list[Any]:
@@ -244,6 +259,6 @@ def _fingerprint(model: nn.Module) -> list[Any]:
     ]
     for module in model.modules():
         found.append(id(module))
-        found.append([(k, v) for k, v in vars(module).items() if type(v) in (bool, int, float, str)])
+        found.append([(k, v) for k, v in vars(module).items() if k not in NOTED and _is_plain(v)])
     found.append([(t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())])
     return found
