@@ -1,4 +1,4 @@
-"""Precision that differs by layer, and read costs that are declared, count in the bytes of experts; nothing else moves."""
+"""Precision that differs by layer, and declared costs of reading, count in the bytes of experts; nothing else moves."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_declared_is_refused_and_named(read_cost: Any, says: str)
 
 
 def test_a_slip_in_the_name_of_a_layer_is_seen() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'transformer.h.1.mlp'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'transformer\.h\.1\.mlp'"):
         ModelWork.of(tiny_moe(num_experts=4), read_cost={"transformer.h1.mlp": 2})
     with pytest.raises(ConfigError, match="no routed layer"):
         ModelWork.of(nn.Linear(2, 2), read_cost={"mlp": 2})
