@@ -70,6 +70,23 @@ def test_the_dear_half_is_used_less_as_the_price_rises(meter: EnergyMeter) -> No
     assert all(later < earlier for earlier, later in pairwise(dear)) and dear[0] > 0
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_in_prefill_opening_moves_choices_where_tokens_are_grouped(grouped: bool, meter: EnergyMeter) -> None:
+    uses, joules = [], []
+    for given in (None, DEAR):
+        model, router = model_of_equals(), {"group_by_position": grouped}
+        with AdaptiveSession(model, meter=meter, cost_model=COST, read_cost=given, router=router) as session:
+            session.set_price(10.0)
+            with torch.no_grad():
+                model(random_tokens(6, 8, seed=1))
+            uses.append(torch.stack([layer.last_routing.counts for _, layer in moe_layers(model)]))
+            joules.append(session.step()["prefill/j_per_token_modelled"])
+    if grouped:
+        assert float(uses[1][:, :4].sum()) < float(uses[0][:, :4].sum())
+    else:  # an opening is shared by tokens that choose alone: counted, and no part of the choice
+        assert torch.equal(*uses) and joules[1] > joules[0]
+
+
 def test_at_price_0_every_bit_is_that_of_top_k(meter: EnergyMeter) -> None:
     plain = model_of_equals()
     assert all(isinstance(layer.router, TopKRouter) for _, layer in moe_layers(plain))
