@@ -20,6 +20,7 @@ from thermoe.adapt.learning_bucket import LearningBucket
 from thermoe.adapt.learning_work import LearningKind, LearningLedger, LearningWork, serving_nothing
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable
+from thermoe.energy.read_cost import ReadCost
 from thermoe.energy.work import ModelWork
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import Routed, routed_modules
@@ -32,13 +33,14 @@ class LearningCosts:
     Args:
         model: a model with routed modules.
         cost_model: the joules of work.
+        read_cost: what a byte of expert weights costs more or less than usual; see `ModelWork.of`.
 
     Raises:
         ConfigError: the work of the model cannot be counted.
     """
 
-    def __init__(self, model: nn.Module, cost_model: CostModel) -> None:
-        self.table = CostTable.of(cost_model, ModelWork.of(model))
+    def __init__(self, model: nn.Module, cost_model: CostModel, *, read_cost: ReadCost | None = None) -> None:
+        self.table = CostTable.of(cost_model, ModelWork.of(model, read_cost=read_cost))
         self.provenance = cost_model.provenance
         self._modules: list[Routed] = [module for _, module in routed_modules(model)]
 

@@ -39,6 +39,7 @@ from thermoe.adapt.reading import Batch
 from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.update import Live
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.read_cost import ReadCost
 from thermoe.errors import CheckpointError, ConfigError, RoutingError
 from thermoe.models.classes import MoEModelMixin
 
@@ -77,6 +78,7 @@ class RouterAdapter:
             told to `bucket.earn`.
         min_gain_per_j: nats that a joule of learning has to gain, else updates become rarer; see `Cadence`.
         cost_model: joules of work; the prior by default.
+        read_cost: what a byte of expert weights costs more or less than usual; see `ModelWork.of`.
         graphs: record forwards of learning in CUDA graphs where that is possible (`forwards.py`); ``metrics`` says how
             many there are, and why not.
         seed: of what is held back; the same seed and stream give the same bits.
@@ -114,6 +116,7 @@ class RouterAdapter:
         bucket: float | None = 0.05,
         min_gain_per_j: float | None = None,
         cost_model: CostModel | None = None,
+        read_cost: ReadCost | None = None,
         graphs: bool = True,
         seed: int = 0,
     ) -> None:
@@ -135,7 +138,7 @@ class RouterAdapter:
             self._places = FastPlaces(model, family, rank)
             try:
                 chosen_layers(layers, self._places.fast)
-                costs = LearningCosts(model, cost_model or CostModel.prior())
+                costs = LearningCosts(model, cost_model or CostModel.prior(), read_cost=read_cost)
                 learns_from = make(model, seed=seed)
                 live = Live(
                     model,
