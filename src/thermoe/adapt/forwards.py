@@ -217,9 +217,13 @@ class Forwards:
             return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one GPU"
         if model.training:
             return "the model is in training mode"
+        of_all = nn.modules.module
+        if of_all._global_forward_hooks or of_all._global_forward_pre_hooks or of_all._global_backward_hooks:
+            return "all modules have hooks"
         for name, module in model.named_modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if not all(getattr(hook, "in_graphs", False) for hook in hooks) or module._backward_hooks:
+            backward = module._backward_hooks or module._backward_pre_hooks
+            if not all(getattr(hook, "in_graphs", False) for hook in hooks) or backward:
                 return f"{name or type(model).__name__} has hooks"
             if hasattr(module, "_hf_hook"):
                 return f"{name or type(model).__name__} is dispatched"
@@ -235,15 +239,18 @@ class Forwards:
 
 def _fingerprint(model: nn.Module) -> list[Any]:
     """Return all that a recording of the model's forward depends on and that Python can change."""
+    sdp = torch.backends.cuda
     found: list[Any] = [
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        (sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled()),
         getattr(getattr(model, "config", None), "_attn_implementation", None),
     ]
     for module in model.modules():
-        found.append(id(module))
+        # An instance may have a forward of its own. The class, because an id is free again once its module is gone.
+        found.append((id(module), type(module), id(vars(module).get("forward"))))
         found.append([(k, v) for k, v in vars(module).items() if type(v) in (bool, int, float, str)])
-    found.append([(t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())])
+    found.append([(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*model.parameters(), *model.buffers())])
     return found
