@@ -10,6 +10,7 @@ import torch
 from reading_model import batches, trained_model
 
 from thermoe import set_router
+from thermoe.adapt import judging
 from thermoe.adapt import plan as plan_module
 from thermoe.adapt.plan import JUDGED_WORTH, Plan
 from thermoe.adapt.safeguards import Safeguards
@@ -97,12 +98,13 @@ def test_a_verdict_costs_no_more_than_was_reckoned(grouped: bool, monkeypatch: p
     model, bounds, reckon = trained_model(), [], plan_module._judge_bound_j
     set_router(model, "priced", price=0.0, open_cost=[1.0] * 8, group_by_position=grouped)
     monkeypatch.setattr(plan_module, "_judge_bound_j", lambda *given: bounds.append(reckon(*given)) or bounds[-1])
-    guards = Safeguards(judge_tokens=126, judge_tokens_most=126, shadow=False)
+    monkeypatch.setattr(judging, "judge", lambda *given, **settings: ("accepted", ""))  # so each is a first
+    guards = Safeguards(judge_tokens=126, judge_tokens_most=252, shadow=False)
     with RouterAdapter(model, bucket=None, safeguards=guards, cost_model=replace(prior, terms=terms)) as adapter:
         for batch in batches("prose", 5):
             step = adapter.score_and_learn(batch)
             judged_j = sum(work.energy_j for work in adapter.ledger.take() if work.kind == "judge")
-            assert step.judged is not None and 0.5 * bounds[-1] < judged_j <= bounds[-1]
+            assert step.verdict == "accepted" and 0.5 * bounds[-1] < judged_j <= bounds[-1]
 
 
 def test_what_cannot_pay_for_one_sequence_waits_and_says_so() -> None:
