@@ -159,11 +159,12 @@ class Forwards:
             try:
                 held = self._recorded[key] = self._made(work, given)
             except (RuntimeError, AssertionError) as error:
-                self._failed = self.why_not = f"the model cannot be recorded: {str(error).splitlines()[0]}"
+                self._failed = self.why_not = f"the model cannot be recorded: {[*str(error).splitlines(), ''][0]}"
                 self._recorded.clear()
                 return work(given)
             if len(self._recorded) > MOST_RECORDED:
-                self._recorded.popitem(last=False)
+                # To be recorded anew at once, it would be so at every use where more shapes than these take turns.
+                self._uses[self._recorded.popitem(last=False)[0]] = 0
         self._recorded.move_to_end(key)
         for name, value in given.items():
             held.given[name].copy_(value)
