@@ -162,20 +162,41 @@ def test_shapes_that_come_and_go_make_room() -> None:
         assert forwards.recorded == MOST_RECORDED
 
 
-@pytest.mark.parametrize("why", ["graphs=False", "hooks", "training mode", "wait for the host", "not on one GPU"])
+@pytest.mark.parametrize(
+    "why", ["graphs=False", "hooks", "has hooks", "all modules", "training mode", "wait for the host", "not on one GPU"]
+)
 def test_what_cannot_be_recorded_runs_kernel_by_kernel_and_says_why(why: str) -> None:
     model: Any = _model()
     model = {"wait for the host": model.float, "not on one GPU": model.cpu}.get(why, lambda: model)()
     if why == "hooks":
         model.transformer.h[1].register_forward_hook(lambda *given: None)
+    if why == "has hooks":
+        model.transformer.h[1].register_full_backward_pre_hook(lambda *given: None)
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *given: None) if why == "all modules" else None
     if why == "training mode":
         model.train()
     device = next(model.parameters()).device
-    with RouterAdapter(model, bucket=None, graphs=why != "graphs=False") as adapter:
-        for batch in batches("code", 4):
-            assert torch.isfinite(adapter.score_and_learn(batch.to(device)).sequence_nll).all()
-        assert adapter.metrics["graphs"] == 0 and why in adapter.metrics["graphs_reason"]
-        assert adapter.updates > 0
+    try:
+        with RouterAdapter(model, bucket=None, graphs=why != "graphs=False") as adapter:
+            for batch in batches("code", 4):
+                assert torch.isfinite(adapter.score_and_learn(batch.to(device)).sequence_nll).all()
+            assert adapter.metrics["graphs"] == 0 and why in adapter.metrics["graphs_reason"]
+            assert adapter.updates > 0
+    finally:
+        if everywhere is not None:
+            everywhere.remove()
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw"}, {"min_tokens": 2000}], ids=str)
+def test_learning_goes_on_where_the_model_is_moved(settings: dict[str, Any]) -> None:
+    model, text = trained_model(), batches("code", 6)
+    with RouterAdapter(model, bucket=None, held_frac=0.25, **settings) as adapter:
+        for number, device in enumerate(("cpu", "cuda", "cpu")):
+            model.to(device)
+            for batch in text[2 * number : 2 * number + 2]:
+                assert torch.isfinite(adapter.score_and_learn(batch.to(device)).sequence_nll).all()
+            assert {p.device.type for p in adapter.parameters()} == {device}
+        assert adapter.updates >= 2 and adapter.resets == 0
 
 
 @pytest.mark.parametrize("kind", ["topk", "priced"])

@@ -163,12 +163,12 @@ class Forwards:
             try:
                 held = self._recorded[key] = self._made(work, given)
             except (RuntimeError, AssertionError) as error:
-                self._failed = self.why_not = f"the model cannot be recorded: {str(error).splitlines()[0]}"
+                self._failed = self.why_not = f"the model cannot be recorded: {[*str(error).splitlines(), ''][0]}"
                 self._recorded.clear()
                 return work(given)
             if len(self._recorded) > MOST_RECORDED:
-                gone, _ = self._recorded.popitem(last=False)
-                self._uses[gone] = -LATER  # or a few shapes too many would be recorded in turn, again and again
+                # Recorded anew at once, it would be so at every use where more shapes than these take turns.
+                self._uses[self._recorded.popitem(last=False)[0]] = -LATER
         self._recorded.move_to_end(key)
         for name, value in given.items():
             held.given[name].copy_(value)
@@ -222,9 +222,13 @@ class Forwards:
             return f"the model is on {', '.join(sorted(map(str, devices)))}, not on one GPU"
         if model.training:
             return "the model is in training mode"
+        of_all = nn.modules.module
+        if of_all._global_forward_hooks or of_all._global_forward_pre_hooks or of_all._global_backward_hooks:
+            return "all modules have hooks"
         for name, module in model.named_modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if not all(getattr(hook, "in_graphs", False) for hook in hooks) or module._backward_hooks:
+            backward = module._backward_hooks or module._backward_pre_hooks
+            if not all(getattr(hook, "in_graphs", False) for hook in hooks) or backward:
                 return f"{name or type(model).__name__} has hooks"
             if "forward" in vars(module):  # as accelerate does to move weights in and out
                 return f"{name or type(model).__name__} has a forward that was put in from outside"
@@ -250,15 +254,18 @@ def _is_plain(value: Any) -> bool:
 
 def _fingerprint(model: nn.Module) -> list[Any]:
     """Return all that a recording of the model's forward depends on and that Python can change."""
+    sdp = torch.backends.cuda
     found: list[Any] = [
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        (sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled()),
         getattr(getattr(model, "config", None), "_attn_implementation", None),
     ]
     for module in model.modules():
-        found.append(id(module))
+        # An instance may have a forward of its own. The class, because an id is free again once its module is gone.
+        found.append((id(module), type(module), id(vars(module).get("forward"))))
         found.append([(k, v) for k, v in vars(module).items() if k not in NOTED and _is_plain(v)])
-    found.append([(t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())])
+    found.append([(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*model.parameters(), *model.buffers())])
     return found

@@ -113,6 +113,7 @@ class Learner:
         live, state, ledger = self.live, self.state, self.live.account.ledger
         live.forwards.begin()
         state.batches += 1
+        state.held.move_to(batch.input_ids.device)
         self._start_j = ledger.energy_j
         step = self._read(batch)
         learning_j = ledger.energy_j - self._start_j

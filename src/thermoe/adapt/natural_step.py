@@ -77,6 +77,8 @@ class NaturalStep:
                     **_directions(features[name]),
                 }
             state = self.state[name]
+            if state["mean"].device != gradient_EC.device:  # the model was moved
+                state |= {k: v.to(gradient_EC.device) for k, v in state.items() if isinstance(v, Tensor)}
             state["count"] += 1
             kind = gradient_EC.shape, state["vectors"].shape, state["count"], gradient_EC.device
             alike[kind].append((self.fast[name], state, gradient_EC))

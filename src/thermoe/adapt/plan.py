@@ -84,8 +84,12 @@ def _judge_bound_j(live: Live, state: StreamState, batch: Batch, weights: Tensor
         return 0.0
     fresh, earlier = judge_rows(state, guards)
     fresh = [*fresh, HeldRows.of(state.batches, batch, counted, evidence=True)]
-    enough = sum(one.tokens for one in fresh) >= max(guards.judge_tokens, state.judge_at)
-    return forwards_bound_j(live, [*fresh, *earlier], 2) if enough else 0.0
+    if sum(one.tokens for one in fresh) < max(guards.judge_tokens, state.judge_at):
+        return 0.0
+    if state.base is None and not rows_interact(live.routers()):
+        # Of this batch the state before is known from its scores, so that it runs once, beside the others.
+        return forwards_bound_j(live, fresh, 1) + forwards_bound_j(live, earlier, 2)
+    return forwards_bound_j(live, [*fresh, *earlier], 2)
 
 
 def _within(live: Live, state: StreamState, batch: Batch, parts: list[list[int]] | None, judge_j: float) -> Plan:

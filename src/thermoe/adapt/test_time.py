@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thermoe.adapt import adapter_settings as checked
 from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
-from thermoe.adapt.adapter_settings import check_flag, check_reading, check_settings, chosen_layers, guards_of
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
 from thermoe.adapt.forwards import Forwards
@@ -41,6 +41,7 @@ from thermoe.adapt.update import Live
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.read_cost import ReadCost
 from thermoe.errors import CheckpointError, ConfigError, RoutingError
+from thermoe.evaluation import check_vocabulary
 from thermoe.models.classes import MoEModelMixin
 
 __all__ = ["AdaptStep", "RouterAdapter"]
@@ -120,11 +121,14 @@ class RouterAdapter:
         graphs: bool = True,
         seed: int = 0,
     ) -> None:
-        check_settings(lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac)
-        check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
-        check_reading(by_text, learn_on, percentiles)
-        check_flag("graphs", graphs)
-        self.model, self.safeguards = model, guards_of(safeguards, anchor)
+        checked.check_settings(
+            lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac
+        )
+        checked.check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
+        checked.check_reading(by_text, learn_on, percentiles)
+        checked.check_flag("graphs", graphs)
+        self.model, self.safeguards = model, checked.guards_of(safeguards, anchor)
+        cost = checked.cost_model_of(cost_model)
         self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
         self.family, self.objective = family, objective
         make = OBJECTIVES.get(objective, where="adapt.objective")
@@ -137,8 +141,8 @@ class RouterAdapter:
         with torch.inference_mode(False):
             self._places = FastPlaces(model, family, rank)
             try:
-                chosen_layers(layers, self._places.fast)
-                costs = LearningCosts(model, cost_model or CostModel.prior(), read_cost=read_cost)
+                checked.chosen_layers(layers, self._places.fast)
+                costs = LearningCosts(model, cost, read_cost=read_cost)
                 learns_from = make(model, seed=seed)
                 live = Live(
                     model,
@@ -197,13 +201,14 @@ class RouterAdapter:
                 model generated. What is scored does not depend on them.
 
         Raises:
-            ConfigError: these are no token ids with S of at least 2, so that there is none to predict, or mask or
-                weights do not fit them; nothing is scored then.
+            ConfigError: these are no token ids of the model with S of at least 2, so that there is none to predict, or
+                mask or weights do not fit them; nothing is scored then.
             RoutingError: the adapter is closed.
         """
         with torch.inference_mode(False):
             batch = Batch.of(input_ids, attention_mask, weights)
             self._require_open("score_and_learn")
+            check_vocabulary(self.model, batch.input_ids, where="input_ids")
             self._places.put()
             if self._mode is not None:
                 return self._learner.score(batch, self._mode)

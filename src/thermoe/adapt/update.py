@@ -247,6 +247,7 @@ def _collected(live: Live, state: StreamState, part: Part) -> tuple[list[Tensor]
     if state.chunk is not None:
         sums, total, count = state.chunk
         together, tokens = total + weight, count + tokens
+        sums = [a.to(b.device) for a, b in zip(sums, gradients, strict=True)]
         gradients = [a * (total / together) + b * (weight / together) for a, b in zip(sums, gradients, strict=True)]
         weight = together
     if tokens >= live.min_tokens:

@@ -232,6 +232,15 @@ def _run(optimizer: FastOptimizer, fast: FastWeights, first: int, count: int) ->
         optimizer.step(["layer"], _gradients(90, seed=number), features)
 
 
+def test_what_is_kept_follows_a_model_that_is_moved() -> None:
+    fast = FastWeights(90, EXPERTS)
+    optimizer = FastOptimizer({"layer": fast}, "natural", LR)
+    _run(optimizer, fast, 0, 2)
+    fast.to("meta")
+    optimizer.step(["layer"], [g.to("meta") for g in _gradients(90, seed=2)], {})
+    assert all(tensor.is_meta for tensor in optimizer.state_tensors()) and optimizer.state_tensors()
+
+
 def test_a_saved_state_goes_on_bit_for_bit() -> None:
     fast, twin = FastWeights(90, EXPERTS), FastWeights(90, EXPERTS)
     one, two = (FastOptimizer({"layer": each}, "natural", LR) for each in (fast, twin))

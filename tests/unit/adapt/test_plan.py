@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from reading_model import batches, trained_model
 
+from thermoe import set_router
+from thermoe.adapt import judging
+from thermoe.adapt import plan as plan_module
 from thermoe.adapt.plan import JUDGED_WORTH, Plan
 from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.test_time import RouterAdapter
+from thermoe.energy.cost_model import CostModel
 from thermoe.testing import random_tokens, tiny_moe
 
 OFF = Safeguards.none()
@@ -83,6 +88,24 @@ def test_a_verdict_waits_until_it_is_about_enough(monkeypatch: pytest.MonkeyPatc
         assert any(step.judged is not None for step in steps), "in the end it comes"
         assert any(not plan.judges for plan in plans) == (bucket is not None)
     assert spent[0.3]["judge"] * JUDGED_WORTH <= spent[0.3]["update"] * 1.1
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_verdict_costs_no_more_than_was_reckoned(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where opening experts is all that costs: each forward counts, however few its tokens are."""
+    prior = CostModel.prior()
+    dear = {name: term.value * (1e6 if "open" in name else 1) for name, term in prior.terms.items()}
+    terms = {name: replace(term, value=dear[name]) for name, term in prior.terms.items()}
+    model, bounds, reckon = trained_model(), [], plan_module._judge_bound_j
+    set_router(model, "priced", price=0.0, open_cost=[1.0] * 8, group_by_position=grouped)
+    monkeypatch.setattr(plan_module, "_judge_bound_j", lambda *given: bounds.append(reckon(*given)) or bounds[-1])
+    monkeypatch.setattr(judging, "judge", lambda *given, **settings: ("accepted", ""))  # so each is a first
+    guards = Safeguards(judge_tokens=126, judge_tokens_most=252, shadow=False)
+    with RouterAdapter(model, bucket=None, safeguards=guards, cost_model=replace(prior, terms=terms)) as adapter:
+        for batch in batches("prose", 5):
+            step = adapter.score_and_learn(batch)
+            judged_j = sum(work.energy_j for work in adapter.ledger.take() if work.kind == "judge")
+            assert step.verdict == "accepted" and 0.5 * bounds[-1] < judged_j <= bounds[-1]
 
 
 def test_what_cannot_pay_for_one_sequence_waits_and_says_so() -> None:

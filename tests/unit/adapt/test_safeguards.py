@@ -339,6 +339,15 @@ def test_s3_held_text_keeps_the_latest_and_enough() -> None:
     assert [rows.batch for rows in text.before(7, 41)] == [6, 7]
 
 
+def test_s3_held_text_follows_a_model_that_is_moved() -> None:
+    with _adapter(tiny_moe(), OFF) as adapter:
+        text = HeldText(100)
+        text.add(_rows_of(adapter, random_tokens(2, 21)))
+    text.move_to(torch.device("meta"))
+    (rows,) = text.rows
+    assert rows.input_ids.is_meta and rows.counted.is_meta and rows.mask is None and rows.tokens == text.tokens == 40
+
+
 def test_s3_an_update_that_costs_more_is_not_accepted() -> None:
     """States are compared at the same cost: experts that the price left out must not be bought back by learning."""
     model = trained_model()
@@ -547,6 +556,9 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
         {"judge": 1},
         {"judge_tokens": 0},
         {"judge_tokens": 2.5},
+        {"judge_tokens": "x"},
+        {"judge_tokens": None},
+        {"kl_cap": 10**400},
         {"judge_tokens_most": 10},
         {"shadow": None},
         {"shadow_every": 0},
