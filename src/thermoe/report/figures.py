@@ -75,7 +75,7 @@ def render_figure(name: str, draw: Draw, data: RunData, stamp: str = "") -> list
             if figure is None:
                 return []
             images.append(_png(figure, stamp, theme))
-    width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
+            width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
     return [RenderedFigure(name, images[0], images[1], width, height)]
 
 
