@@ -44,6 +44,11 @@ class StudyBase:
         """The seeds."""
         return range(self.seed, self.seed + self.seeds)
 
+    def arm_texts(self) -> list[dict[str, str]]:
+        """Return name, title and description of each arm, for the manifest."""
+        arms = [self.definitions[name] for name in self.arms]
+        return [{"name": arm.name, "title": arm.title, "description": arm.description} for arm in arms]
+
     def check(self) -> None:
         """Raise an error for a value out of range or an arm that is not defined."""
         raise NotImplementedError
