@@ -384,11 +384,11 @@ def test_a_study_cut_short_goes_on_to_the_same_rows(tmp_path: Path, monkeypatch:
     whole = run_shift(spec, tmp_path / "whole", name="shift")
     real, calls = shift._work, []
 
-    def breaks(task: shift.Task) -> Any:
+    def breaks(task: shift.Task, *given: Any) -> Any:
         calls.append(task)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(task)
+        return real(task, *given)
 
     monkeypatch.setattr(shift, "_work", breaks)
     with pytest.raises(KeyboardInterrupt):
