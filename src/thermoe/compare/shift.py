@@ -7,6 +7,7 @@ with what has no `trained` or `pass` row.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,7 @@ def _texts(spec: ShiftSpec, report: Reporter) -> tuple[ShiftTexts, dict[str, Any
 def _work(task: Task, spec: ShiftSpec, texts: ShiftTexts, path: Path) -> Rows:
     folder = _folder(path, task.seed)
     if task.arm is None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before the training was on record
         return [train_and_save(spec, task.seed, texts, folder)]
     assert task.calibrated is not None
     return read_saved(spec, task.arm, task.order, texts, folder, task.calibrated)

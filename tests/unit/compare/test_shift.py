@@ -406,6 +406,11 @@ def test_a_study_cut_short_goes_on_to_the_same_rows(tmp_path: Path, monkeypatch:
 
     for kind in ("trained", "batch", "pass", "summary", "verdict"):
         assert told(cut, kind) == told(whole, kind), kind
+    # Cut short between the model's folder and its row: it is trained again, to the same rows.
+    cut.drop_rows(lambda row: row["kind"] == "trained")
+    run_shift(spec, tmp_path / "cut", name="shift", resume=True)
+    for kind in ("trained", "batch", "pass", "summary", "verdict"):
+        assert told(cut, kind) == told(whole, kind), kind
     assert {row["arm"] for row in whole.rows("summary")} == set(spec.arms)
     assert all(row["j_per_token_modelled"]["provenance"] == "estimated" for row in whole.rows("summary"))
 
