@@ -74,26 +74,30 @@ def draw_fronts(folder: Path, out: Path) -> None:
 
 
 def draw_joules(folder: Path, out: Path) -> None:
-    """Measured joules: of decoding, of layers of OLMoE's shape, of prefill, and of the loop over time."""
+    """Measured joules: of decoding, also against the loss, of layers of OLMoE's shape, of prefill, and of the loop."""
     sweep, shape, loop = (
         rows_of(folder / n, k) for n, k in (("sweep", "sweep"), ("shape", "shape"), ("loop", "window"))
     )
-    figure, panels = plt.subplots(1, 4, figsize=(16.5, 3.8))
+    figure, panels = plt.subplots(1, 5, figsize=(20.5, 3.8))
     mj = lambda r: 1e3 * r["j_per_token"]  # noqa: E731
     draw(panels[0], [r for r in sweep if r["batch"] == 16], lambda r: r["distinct_experts"], mj)
     panels[0].set(title="trained model, decode, 16 sequences", xlabel="distinct experts per layer", ylabel="mJ/token")
-    draw(panels[1], [r for r in shape if r["batch"] == 16], lambda r: r["distinct_experts"], mj)
-    panels[1].set(title="8 layers of OLMoE's shape, 16 sequences", xlabel="distinct experts per layer")
-    draw(panels[2], [r for r in sweep if r["batch"] == 0 and "nll" in r], mj, lambda r: r["nll"])
-    panels[2].set(title="trained model, prefill", xlabel="mJ/token", ylabel="nats per token")
+    at_16 = [r for r in sweep if r["batch"] == 16]
+    free = min(r["nll"] for r in at_16 if r["policy"] == "topk")
+    draw(panels[1], [r for r in at_16 if r["nll"] < free + 0.13], mj, lambda r: r["nll"] - free)
+    panels[1].set(title="the same, loss against joules", xlabel="mJ/token", ylabel="nats per token above top-k")
+    draw(panels[2], [r for r in shape if r["batch"] == 16], lambda r: r["distinct_experts"], mj)
+    panels[2].set(title="8 layers of OLMoE's shape, 16 sequences", xlabel="distinct experts per layer")
+    draw(panels[3], [r for r in sweep if r["batch"] == 0 and "nll" in r], mj, lambda r: r["nll"])
+    panels[3].set(title="trained model, prefill", xlabel="mJ/token", ylabel="nats per token")
     part = [r for r in loop if (r["j_per_token_measured"] or 1) < 0.03]
     start = part[0]["t_s"]
-    panels[3].plot([r["t_s"] - start for r in part], [mj({"j_per_token": r["j_per_token_measured"]}) for r in part],
+    panels[4].plot([r["t_s"] - start for r in part], [mj({"j_per_token": r["j_per_token_measured"]}) for r in part],
                    color="tab:blue", marker=".", label="each window of 2 s")  # fmt: skip
     for budget in sorted({r["budget"] for r in rows_of(folder / "loop", "lag") if r["budget"]}):
-        panels[3].axhline(float(budget.split()[0]), color="tab:red", linewidth=0.8)
-    panels[3].set(title="holding a budget (red)", xlabel="s", ylabel="mJ/token")
-    panels[3].legend(fontsize=7)
+        panels[4].axhline(float(budget.split()[0]), color="tab:red", linewidth=0.8)
+    panels[4].set(title="holding a budget (red)", xlabel="s", ylabel="mJ/token")
+    panels[4].legend(fontsize=7)
     panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out, dpi=110)

@@ -224,10 +224,12 @@ def run_joules(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
                     what, "frozen"
                 )
                 set_policy(model, args, policy, grouped=not what.startswith("decode"))
-                free = {**args.adapt, "bucket": None}  # every turn works, so that the cost of one can be told
-                with reader_of(model, learner, free, rival, gpu=args.gpu) as reader:
+                # What is decoded with has learned something whatever the bucket; what learns earns as in the stream.
+                options = {**args.adapt, "bucket": None} if what == "decode_adapted" else args.adapt
+                earned_j = served_j(model, args, texts) if what == "learn" else None
+                with reader_of(model, learner, options, rival, gpu=args.gpu, served_j=earned_j) as reader:
                     if what.startswith("decode"):
-                        if learner == "adapted":  # what is decoded with has learned something
+                        if learner == "adapted":
                             for batch in batches[:4]:
                                 reader.read(batch.rows, learn=True)
                         decoder = StaticDecoder(model, batches[0].rows)

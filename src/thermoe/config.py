@@ -11,12 +11,13 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from thermoe.errors import ConfigError, near_match
+from thermoe.errors import ConfigError, UnknownNameError, near_match
 
 
 class _Raw(str):
@@ -58,6 +59,31 @@ def read_yaml_file(path: Path, *, where: str = "--config") -> dict[str, Any]:
             f"{path} cannot be read: {reason}", where=where, accepted="a YAML file", fix="check the path"
         ) from error
     return read_yaml(text, where=str(path))
+
+
+def packaged_names(*folder: str) -> list[str]:
+    """Return the names of the YAML files in a folder of the package."""
+    entries = files("thermoe").joinpath(*folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def read_packaged(name: str, *folder: str, what: str = "preset") -> dict[str, Any]:
+    """Return the mapping in a YAML file of the package.
+
+    Args:
+        name: of the file, as the user gave it.
+        folder: within the package.
+        what: the file is, for an error message.
+
+    Raises:
+        UnknownNameError: no such file.
+        ConfigError: it is not YAML.
+    """
+    names = packaged_names(*folder)
+    if name not in names:
+        raise UnknownNameError.of("preset", name, names, where="--preset")
+    text = files("thermoe").joinpath(*folder, f"{name}.yaml").read_text(encoding="utf-8")
+    return read_yaml(text, where=f"{what} {name}")
 
 
 def flatten(tree: Mapping[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

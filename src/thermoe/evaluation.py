@@ -76,6 +76,27 @@ def check_token_ids(input_ids: Tensor, *, where: str) -> None:
         )
 
 
+def check_vocabulary(model: nn.Module, input_ids: Tensor, *, where: str) -> None:
+    """Raise unless the model knows all of these token ids; waits for the device.
+
+    On a GPU a kernel that meets another one ends all work of the process there.
+
+    Raises:
+        ConfigError: there is an id below 0, or beyond the model's embedding.
+    """
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = None if get is None else get()
+    known = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
+    low, high = (int(end) for end in input_ids.aminmax())
+    if known is not None and not 0 <= low <= high < known:
+        raise ConfigError(
+            f"there are token ids from {low} to {high}",
+            where=where,
+            accepted=f"ids of the model's vocabulary, 0 to {known - 1}",
+            fix="encode the text with the tokenizer of this model",
+        )
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor, *, batch_size: int = 16) -> float:
     """Return exp of the mean negative log-likelihood per predicted token of ``rows`` int64 (N, S)."""

@@ -60,8 +60,8 @@ class Registry(Generic[T]):
     def get(self, name: str, *, where: str | None = None) -> T:
         """Return the object called ``name``; an unknown name is an error with the near match."""
         self._read_plugins()
-        if name not in self._entries:
-            raise UnknownNameError.of(self.kind, name, self._entries, where=where)
+        if not isinstance(name, str) or name not in self._entries:
+            raise UnknownNameError.of(self.kind, str(name), self._entries, where=where)
         target = self._entries[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")

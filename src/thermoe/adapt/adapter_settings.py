@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,13 @@ import torch
 
 from thermoe.adapt.reading import RouterInput
 from thermoe.adapt.safeguards import Safeguards
+from thermoe.energy.cost_model import CostModel
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.routers.fast_weights import FastWeights
 
 LAYER_CHOICES = ("all", "top_half")
+#: The largest number that a float holds: an integer may be larger without being infinite.
+LARGEST = sys.float_info.max
 LEARN_ON = ("served", "unsteered", "both")
 
 
@@ -31,14 +34,14 @@ def check_settings(**settings: Any) -> None:
         ConfigError: one is outside its range.
     """
     rules: dict[str, tuple[Any, str, object]] = {
-        "lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0", 1e-3),
+        "lr": (lambda x: 0 <= x <= LARGEST, "a finite number of at least 0", 1e-3),
         "anchor": (lambda x: 0 < x <= 1, "a number above 0 and at most 1", 0.99),
-        "max_grad_norm": (lambda x: 0 < x < math.inf, "a finite number above 0", 1.0),
+        "max_grad_norm": (lambda x: 0 < x <= LARGEST, "a finite number above 0", 1.0),
         "min_tokens": (lambda x: isinstance(x, int) and x >= 0, "an integer of at least 0", 0),
         "held_frac": (lambda x: 0 <= x < 1, "a number from 0 to below 1", 0.125),
-        "steps": (lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1", 4),
+        "steps": (lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1", 16),
         "seed": (lambda x: isinstance(x, int), "an integer", 0),
-        "min_gain_per_j": (lambda x: 0 <= x < math.inf, "a finite number of at least 0, or None", None),
+        "min_gain_per_j": (lambda x: 0 <= x <= LARGEST, "a finite number of at least 0, or None", None),
     }
     for name, value in settings.items():
         if value is None and name in ("anchor", "min_gain_per_j"):
@@ -48,6 +51,14 @@ def check_settings(**settings: Any) -> None:
         check_number(name, value, number and fits(value), accepted, usual)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise a ConfigError unless ``value``, True by default, is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{name} is {value!r}", where=f"adapt.{name}", accepted="True or False", fix=f"leave {name} at True"
+        )
+
+
 def check_reading(by_text: Any, learn_on: Any, percentiles: Any) -> None:
     """Check how batches are read.
 
@@ -55,13 +66,26 @@ def check_reading(by_text: Any, learn_on: Any, percentiles: Any) -> None:
         ConfigError: ``by_text`` is not True or False, or ``percentiles`` not (low, high) in 0..100 or ``None``.
         UnknownNameError: ``learn_on`` is no such choice.
     """
-    if not isinstance(by_text, bool):
-        raise ConfigError(
-            f"by_text is {by_text!r}", where="adapt.by_text", accepted="True or False", fix="leave it at True"
-        )
+    check_flag("by_text", by_text)
     if not isinstance(learn_on, str) or learn_on not in LEARN_ON:
         raise UnknownNameError.of("choice to learn on", str(learn_on), LEARN_ON, where="adapt.learn_on")
     check_percentiles(percentiles)
+
+
+def cost_model_of(given: Any) -> CostModel:
+    """Return the joules of work that are meant, the prior by default.
+
+    Raises:
+        ConfigError: these are none.
+    """
+    if given is not None and not isinstance(given, CostModel):
+        raise ConfigError(
+            f"the cost model is {given!r}",
+            where="adapt.cost_model",
+            accepted="a CostModel, or None for the prior",
+            fix="use CostModel.prior(), or leave it out",
+        )
+    return given or CostModel.prior()
 
 
 def guards_of(given: Any, anchor: float | None) -> Safeguards:
@@ -122,14 +146,14 @@ def chosen_layers(
     for entry in given if isinstance(given, Sequence) else [given]:
         place = isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < len(names)
         name = names[entry] if place else entry  # type: ignore[index]
-        if name not in fast:
+        if not isinstance(name, str) or name not in fast:
             raise ConfigError(
                 f"there is no layer {entry!r} to adapt",
                 where="adapt.layers",
                 accepted=f"'all', 'top_half', positions 0..{len(names) - 1}, or names: {', '.join(names)}",
                 fix="name layers that the model has",
             )
-        found.append(str(name))
+        found.append(name)
     if not found:
         raise ConfigError(
             "no layer is to be adapted",

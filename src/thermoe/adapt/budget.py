@@ -15,6 +15,8 @@ Phase = Literal["prefill", "decode"]
 #: Everything that is controlled has one state for each of these.
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 Field = Literal["j_per_token", "power_w", "temp_c"]
+#: What this machine and model can hold, in words, by field.
+Feasible = Mapping[str, str]
 
 #: What each field means, an example of it, the highest value that can be meant, and its units as factors of the SI one.
 _FIELDS: dict[Field, tuple[str, str, float, dict[str, float]]] = {
@@ -31,15 +33,16 @@ _EXAMPLES = "0.02 (J/token), '20 mJ/token', '350 W', '70 C', '20 mJ/token, 350 W
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|nan|inf(?:inity)?))\s*(.*?)\s*", re.I)
 
 
-def _accepted(field: Field | None, feasible: str | None) -> str:
+def _accepted(field: Field | None, feasible: Feasible) -> str:
     if field is None:
-        return _EXAMPLES + (f"; on this machine and model {feasible}" if feasible else "")
+        told = ", ".join(feasible[name] for name in _FIELDS if name in feasible)
+        return _EXAMPLES + (f"; on this machine and model {told}" if told else "")
     meaning, example, most, _ = _FIELDS[field]
     text = f"a finite number of {meaning} above 0 and at most {most:g}, such as {example!r}"
-    return text + (f"; on this machine and model {feasible}" if feasible and field == "j_per_token" else "")
+    return text + (f"; on this machine and model {feasible[field]}" if field in feasible else "")
 
 
-def _refuse(what: str, field: Field | None, feasible: str | None, *, where: str = "", fix: str = "") -> ConfigError:
+def _refuse(what: str, field: Field | None, feasible: Feasible, *, where: str = "", fix: str = "") -> ConfigError:
     return ConfigError(
         what,
         where=f"budget{'.' + field if field else ''}{where}",
@@ -52,7 +55,7 @@ def _field_of(unit: str) -> Field | None:
     return next((name for name, (_, _, _, units) in _FIELDS.items() if unit in units), None)
 
 
-def _with_unit(text: str, expected: Field | None, feasible: str | None, where: str = "") -> tuple[Field, float]:
+def _with_unit(text: str, expected: Field | None, feasible: Feasible, where: str = "") -> tuple[Field, float]:
     """Return the field and the SI value of a number with its unit.
 
     A prefix is read with its case: mW and MW are not the same, and only the first is a unit of a budget.
@@ -86,7 +89,7 @@ def _with_unit(text: str, expected: Field | None, feasible: str | None, where: s
     return field, number * _FIELDS[field][3][unit.lower()]
 
 
-def _checked(value: Any, field: Field, feasible: str | None, where: str = "") -> float:
+def _checked(value: Any, field: Field, feasible: Feasible, where: str = "") -> float:
     """Return ``value`` as a float of the field's SI unit."""
     if isinstance(value, str):
         value = _with_unit(value, field, feasible, where)[1]
@@ -101,7 +104,7 @@ def _checked(value: Any, field: Field, feasible: str | None, where: str = "") ->
     return number
 
 
-def _per_phase(value: Any, feasible: str | None) -> float | dict[str, float]:
+def _per_phase(value: Any, feasible: Feasible) -> float | dict[str, float]:
     if not isinstance(value, Mapping):
         return _checked(value, "j_per_token", feasible)
     for phase in value:
@@ -140,9 +143,9 @@ class Budget:
     temp_c: float | None = None
 
     def __post_init__(self) -> None:
-        self._check(None)
+        self._check({})
 
-    def _check(self, feasible: str | None) -> None:
+    def _check(self, feasible: Feasible) -> None:
         if self.j_per_token is not None:
             object.__setattr__(self, "j_per_token", _per_phase(self.j_per_token, feasible))
         if self.power_w is not None:
@@ -153,43 +156,47 @@ class Budget:
             raise _refuse("the budget limits nothing", None, feasible, fix="give one limit, or None for no budget")
 
     @classmethod
-    def parse(cls, given: Budget | float | str | Mapping[str, Any], *, feasible: str | None = None) -> Budget:
+    def parse(
+        cls, given: Budget | float | str | Mapping[str, Any], *, feasible: str | Feasible | None = None
+    ) -> Budget:
         """Return the budget that ``given`` means.
 
         Args:
             given: a budget; joules per token as a number; a text such as ``"20 mJ/token"``, ``"350 W"``, ``"70 C"`` or
                 several of them with commas; or a mapping with the fields of this class.
-            feasible: the range that this machine and model can hold, in words; it goes into the refusal.
+            feasible: the range that this machine and model can hold, in words, by field, or of the joules alone; it
+                goes into the refusal.
 
         Raises:
             ConfigError: as the class, and for a text without a unit or a field that is unknown or given twice.
         """
         if isinstance(given, Budget):
             return given
+        known: Feasible = {"j_per_token": feasible} if isinstance(feasible, str) else feasible or {}
         if isinstance(given, str):
             fields: dict[str, Any] = {}
             for part in given.split(","):
-                field, value = _with_unit(part.strip(), None, feasible)
+                field, value = _with_unit(part.strip(), None, known)
                 if field in fields:
-                    raise _refuse(f"{given!r} gives {field} twice", field, feasible, fix="give each limit once")
+                    raise _refuse(f"{given!r} gives {field} twice", field, known, fix="give each limit once")
                 fields[field] = value
         elif isinstance(given, Mapping):
             fields = dict(given)
         else:
-            fields = {"j_per_token": _checked(given, "j_per_token", feasible)}
+            fields = {"j_per_token": _checked(given, "j_per_token", known)}
         for name in fields:
             if name not in _FIELDS:
                 near = near_match(str(name), _FIELDS)
                 raise _refuse(
                     f"unknown limit {name!r}",
                     None,
-                    feasible,
+                    known,
                     fix=f"did you mean {near!r}?" if near else "use j_per_token, power_w or temp_c",
                 )
         budget = object.__new__(cls)
         for name in _FIELDS:
             object.__setattr__(budget, name, fields.get(name))
-        budget._check(feasible)
+        budget._check(known)
         return budget
 
     def j_per_token_of(self, phase: str) -> float | None:

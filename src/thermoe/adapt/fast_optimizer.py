@@ -82,6 +82,8 @@ class FastOptimizer:
             parameter.grad = gradient
         try:
             for part in self._parts:
+                if any(v.device != p.device for p, s in part.state.items() for k, v in s.items() if k != "step"):
+                    part.load_state_dict(part.state_dict())  # the model was moved; this moves them after it
                 part.step()
         finally:
             for parameter in parameters:

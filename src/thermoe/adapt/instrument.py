@@ -28,6 +28,7 @@ from thermoe.adapt.learning_work import is_serving
 from thermoe.adapt.price import PriceSolver
 from thermoe.adapt.steps import Forward, ForwardCount, ForwardLog, HostMark
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.read_cost import ReadCost
 from thermoe.energy.work import ModelWork
 from thermoe.energy.workload import EventClock
 from thermoe.errors import ConfigError, RoutingError
@@ -53,6 +54,7 @@ class Instrument:
         model: a model with routed modules.
         cost_model: the joules of work, from which experts get their costs.
         clock: what forwards are timed by.
+        read_cost: what a byte of expert weights costs more or less than usual; see `ModelWork.of`.
         router: options of the priced routers that are put in.
         needs_price: refuse a model in which no router can have a price.
         after_forward: called at the end of each forward that the hook saw.
@@ -64,7 +66,7 @@ class Instrument:
 
     Raises:
         RoutingError: no router can have a price, and one is needed.
-        ConfigError: a router is offloaded, so that a price would not reach it.
+        ConfigError: a router is offloaded, so that a price would not reach it; or ``read_cost`` does not fit the model.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class Instrument:
         cost_model: CostModel,
         clock: Clock,
         *,
+        read_cost: ReadCost,
         router: Mapping[str, Any],
         needs_price: bool,
         after_forward: Callable[[], None],
     ) -> None:
         self._model, self._clock, self._after_forward = model, clock, after_forward
-        self.solver = PriceSolver(model, cost_model, ModelWork.of(model))
+        self.solver = PriceSolver(model, cost_model, ModelWork.of(model, read_cost=read_cost))
         self.log = self._new_log()
         self._last: list[RoutingDecision | None] = [None] * len(self.solver.modules)
         self._unserved = list(self._last)
@@ -188,6 +191,8 @@ class Instrument:
             return
         if self.note(_shape(args, kwargs), copy=False):
             self._after_forward()
+
+    _see.in_graphs = True  # type: ignore[attr-defined]  # it counts what serves, and recorded forwards of learning do not
 
     def note(self, shape: tuple[int, int] | None, *, copy: bool) -> bool:
         """Note the forward just made, and return whether it served tokens.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.adapt.learning_work import LearningKind
-from thermoe.adapt.reading import HeldRows, rows_interact, token_nll
+from thermoe.adapt.reading import HeldRows, rows_interact
 from thermoe.adapt.safeguards import NOISY_SE, Paired, Safeguards, Verdict, judge
 from thermoe.adapt.stream_state import Learned, StreamState, copy_of, write
 from thermoe.adapt.update import Live
@@ -78,17 +78,10 @@ def in_state(live: Live, learned: Learned) -> Iterator[None]:
 
 @torch.no_grad()
 def held_nll(live: Live, rows: Sequence[HeldRows], kind: LearningKind) -> tuple[list[Tensor], float]:
-    """Return the nats (N,) of the tokens that count, for each of ``rows``, and the modelled joules of the forwards.
-
-    Rows of one length share a forward, which opens every expert once, unless rows in a forward interact.
-    """
-    together = not rows_interact(live.routers())
-    groups: dict[int, list[int]] = {}
-    for place, one in enumerate(rows):
-        groups.setdefault(one.input_ids.shape[1] if together else place, []).append(place)
+    """Return the nats (N,) of the tokens that count, for each of ``rows``, and the modelled joules of the forwards."""
     found: list[Tensor | None] = [None] * len(rows)
     energy_j = 0.0
-    for places in groups.values():
+    for places in _shared(live, rows):
         ids = torch.cat([rows[i].input_ids for i in places])
         masks = [rows[i].mask for i in places]
         mask = None
@@ -97,7 +90,8 @@ def held_nll(live: Live, rows: Sequence[HeldRows], kind: LearningKind) -> tuple[
                 [torch.ones_like(rows[i].input_ids).bool() if (m := rows[i].mask) is None else m for i in places]
             )
         with live.account.forward(kind, sum(rows[i].forward_tokens for i in places)) as paid:
-            nll, _ = token_nll(live.model, ids, mask)
+            nll = live.forwards.nll(ids, mask)
+            paid.counts = live.forwards.counts
         assert paid.energy_j is not None
         energy_j += paid.energy_j
         for i, part in zip(places, nll.split([len(rows[i].input_ids) for i in places]), strict=True):
@@ -105,13 +99,29 @@ def held_nll(live: Live, rows: Sequence[HeldRows], kind: LearningKind) -> tuple[
     return [one for one in found if one is not None], energy_j
 
 
+def _shared(live: Live, rows: Sequence[HeldRows]) -> list[list[int]]:
+    """Return which of ``rows`` share a forward: all of one length, for that opens every expert once.
+
+    Where sequences that are routed together interact, no more of them than a batch that is served has. They stand for
+    the batches that they come from: as many of the same text, from which as many experts are opened.
+    """
+    interact = rows_interact(live.routers())
+    groups: dict[int, list[list[int]]] = {}
+    for place, one in enumerate(rows):
+        of_length = groups.setdefault(one.input_ids.shape[1], [[]])
+        most = max(one.together, *(rows[i].together for i in of_length[-1])) if of_length[-1] else one.together
+        if interact and sum(rows[i].rows for i in of_length[-1]) + one.rows > most and of_length[-1]:
+            of_length.append([])
+        of_length[-1].append(place)
+    return [places for of_length in groups.values() for places in of_length]
+
+
 def forwards_bound_j(live: Live, rows: Sequence[HeldRows], states: int) -> float:
     """Return the most joules that so many states can cost on these rows."""
     if not rows:
         return 0.0
-    apart = len(rows) if rows_interact(live.routers()) else len({one.input_ids.shape[1] for one in rows})
     tokens = sum(one.forward_tokens for one in rows)
-    return live.account.costs.bound_j(states * tokens, forwards=states * apart)
+    return live.account.costs.bound_j(states * tokens, forwards=states * len(_shared(live, rows)))
 
 
 def judge_rows(state: StreamState, safeguards: Safeguards) -> tuple[list[HeldRows], list[HeldRows]]:
@@ -129,8 +139,8 @@ def judge_rows(state: StreamState, safeguards: Safeguards) -> tuple[list[HeldRow
     return fresh[::-1], state.held.before(state.mark, safeguards.judge_tokens)
 
 
-#: By batch number, the nats of the counted tokens in the base state, and the joules where the same rows ran.
-Known = Mapping[int, tuple[Tensor, float | None]]
+#: By batch number, the nats of the counted tokens in the base state, where the same rows would be routed alike.
+Known = Mapping[int, Tensor]
 
 
 def judge_update(live: Live, state: StreamState, known: Known) -> Judged:
@@ -150,8 +160,7 @@ def judge_update(live: Live, state: StreamState, known: Known) -> Judged:
     noisy = pooled is not None and pooled.se is not None and pooled.se > NOISY_SE
     if verdict == "deferred" and noisy and guards.judge_tokens_most > guards.judge_tokens:
         wider = state.held.before(state.mark, guards.judge_tokens_most)
-        # Where rows have to run in their whole batch, a wider look costs more than it tells.
-        more = [rows for rows in wider if rows not in earlier and rows.forward_tokens <= 2 * (rows.tokens + rows.rows)]
+        more = [rows for rows in wider if rows not in earlier]
         if more and live.account.bucket.allows(forwards_bound_j(live, more, 2)):
             sides += _differences(live, state.base, more, known)
             verdict, reason, pooled, old = _weigh(sides, fresh, wider, guards)
@@ -181,14 +190,11 @@ class _Sides:
 def _differences(live: Live, base: Learned, rows: Sequence[HeldRows], known: Known) -> _Sides:
     old, new = [one for one in rows if one.batch not in known], [one for one in rows if one.batch in known]
     after_old, after_j = held_nll(live, old, "judge")
-    after_new, after_new_j = held_nll(live, new, "judge")
+    after_new, _ = held_nll(live, new, "judge")
     with in_state(live, base):
         before, before_j = held_nll(live, old, "judge")
     found = {one.batch: a - b for one, a, b in zip(old, after_old, before, strict=True)}
-    found |= {one.batch: a - known[one.batch][0] for one, a in zip(new, after_new, strict=True)}
-    known_j = [known[one.batch][1] for one in new]
-    if None not in known_j:
-        after_j, before_j = after_j + after_new_j, before_j + sum(joules or 0.0 for joules in known_j)
+    found |= {one.batch: a - known[one.batch] for one, a in zip(new, after_new, strict=True)}
     return _Sides(found, after_j, before_j)
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from thermoe.adapt.adapter_settings import chosen_layers
-from thermoe.adapt.judging import SHADOW_TOKENS, Judged, Known, forwards_bound_j, judge_rows, judge_update, shadow
+from thermoe.adapt.judging import SHADOW_TOKENS, Judged, Known, judge_update, shadow
 from thermoe.adapt.learning_bucket import Cadence
-from thermoe.adapt.learning_parts import choices, parts_of, replayed, unsteered
+from thermoe.adapt.learning_parts import choices, of_rows
 from thermoe.adapt.learning_report import AdaptStep
 from thermoe.adapt.objectives import LearnBatch
+from thermoe.adapt.plan import Plan, plan, shadow_bound_j
 from thermoe.adapt.reading import (
     Batch,
     HeldRows,
@@ -35,7 +36,7 @@ from thermoe.adapt.safeguards import CHEAP_FRAC, COOL_DOWN, OFTEN, REJECTS_TO_RE
 from thermoe.adapt.stream_state import Learned, StreamState
 from thermoe.adapt.streams import Streams
 from thermoe.adapt.text_memory import profile
-from thermoe.adapt.update import Live, Outcome, Parts, update
+from thermoe.adapt.update import Live, Outcome, Part, Parts, update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +111,9 @@ class Learner:
         if self.settings.by_text:
             self.streams.turn_to(profile(batch.input_ids, batch.mask))
         live, state, ledger = self.live, self.state, self.live.account.ledger
+        live.forwards.begin()
         state.batches += 1
+        state.held.move_to(batch.input_ids.device)
         self._start_j = ledger.energy_j
         step = self._read(batch)
         learning_j = ledger.energy_j - self._start_j
@@ -128,11 +131,10 @@ class Learner:
         live, state, bucket = self.live, self.state, self.live.account.bucket
         held = hold_back(batch, self.settings.held_frac, self._seed("held"))
         weights, counted = batch.weights.masked_fill(held, 0), held & (batch.weights > 0)
-        why_not = self._why_not(batch, weights, counted)
-        learns = why_not is None
-        parts = self._parts(weights) if learns else []
+        planned = plan(live, state, batch, weights, counted, self.settings.steps, self._seed("parts"))
+        learns = planned.why_not is None
         with (
-            torch.set_grad_enabled(learns and live.objective.needs_graph and len(parts) == 1),
+            torch.set_grad_enabled(learns and live.objective.needs_graph and planned.parts is None),
             record_inputs(live.fast if learns else {}, standardise=not state.standardised) as seen,
         ):
             nll, vocabulary = token_nll(live.model, batch.input_ids, batch.mask)
@@ -152,12 +154,12 @@ class Learner:
         if bool(scored.counted.any()):
             # Text that is read no better than by guessing is no evidence of anything.
             evidence = float(nll.detach()[scored.counted].mean()) < guessing
-            state.held.add(self._held_rows(batch, scored.counted, evidence=evidence))
+            state.held.add(HeldRows.of(state.batches, batch, scored.counted, evidence=evidence))
         found = self._shadow(scored, changed)
         if found is not None and found[1]:
             state.cadence.note_shift("the trained routers had become the better ones")
             return replace(self._reset(scored, f"the trained routers are better: {found[0]}"), shadow=found[0])
-        step = self._learn(scored, parts) if why_not is None else scored.step(why_not)
+        step = self._learn(scored, planned) if planned.why_not is None else scored.step(planned.why_not)
         return step if found is None else replace(step, shadow=found[0])
 
     def _scored(
@@ -170,65 +172,23 @@ class Learner:
             weights = inside_percentiles(nll.detach(), weights, *self.settings.percentiles)
         return _Scored(batch, nll, real, counted, weights, seen, flat.sum(-1), real.sum(-1), served_j)
 
-    def _why_not(self, batch: Batch, weights: Tensor, counted: Tensor) -> str | None:
-        """Return why this batch is not learned from, or ``None``."""
-        state, live, guards = self.state, self.live, self.live.safeguards
-        if not bool((weights > 0).any()):
-            return "every weight is 0: there is nothing to learn from"
-        if state.batches <= state.cool_until:
-            left = state.cool_until - state.batches + 1
-            return f"cooling down after {REJECTS_TO_REST} rejections: {left} batches to go"
-        due = 0 if state.update_batch is None else state.update_batch + state.cadence.interval
-        if state.batches < due and state.chunk is None:
-            return state.cadence.reason
-        rows, length = batch.input_ids.shape
-        many = len(self._parts(weights))
-        most_j = live.objective.bound_j(live.account.costs, rows, length)
-        if many > 1:
-            most_j = 2 * live.account.costs.bound_j(rows * length, forwards=many)
-        collected = 0 if state.chunk is None else state.chunk[2]
-        if guards.judge and collected + int((weights > 0).sum()) >= live.min_tokens:
-            fresh, earlier = judge_rows(state, guards)
-            fresh = [*fresh, self._held_rows(batch, counted, evidence=True)]
-            if sum(one.tokens for one in fresh) >= max(guards.judge_tokens, state.judge_at):
-                most_j += forwards_bound_j(live, [*fresh, *earlier], 2)
-        if guards.shadow:  # an update leaves enough for a look at what it led to
-            most_j += self._shadow_bound_j(batch)
-        bucket = live.account.bucket
-        if not bucket.allows(most_j):
-            return f"no credit: an update may cost {most_j:.3g} J, and the bucket holds {bucket.level_j or 0:.3g} J"
-        return None
-
-    def _held_rows(self, batch: Batch, counted: Tensor, *, evidence: bool) -> HeldRows:
-        rows = counted.any(-1).to(batch.input_ids.device)
-        if rows_interact(self.live.routers()):  # rows by themselves would be routed otherwise than they are served
-            rows = torch.ones_like(rows)
-        mask = None if batch.mask is None else batch.mask[rows]
-        count = int(counted.sum())
-        return HeldRows(self.state.batches, batch.input_ids[rows], mask, counted[rows], count, evidence)
-
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def _seed(self, use: str) -> str:
         streams = self.streams
         return f"{self.settings.seed}/{streams.name}/{streams.present.at}/{self.state.batches}/{use}"
 
-    def _parts(self, weights: Tensor) -> list[list[int]]:
-        """Return the sequences of each step, one part where gradients are collected or the objective takes none."""
-        many = self.settings.steps if self.live.objective.needs_graph and not self.live.min_tokens else 1
-        return parts_of(weights, many, self._seed("parts"))
-
-    def _learn(self, scored: _Scored, parts: Sequence[Sequence[int]]) -> AdaptStep:
+    def _learn(self, scored: _Scored, planned: Plan) -> AdaptStep:
         live, state, batch = self.live, self.state, scored.batch
         since_s, known, first = live.account.ledger.clock.now_s(), {}, state.base is None
         if first:
             state.base, state.base_batch = Learned.of(live.fast, live.optimizer, live.objective), state.batches - 1
-            whole = rows_interact(live.routers())  # then the rows to be judged are those that were scored
-            known = {state.batches: (scored.nll.detach()[scored.counted], scored.served_j if whole else None)}
+            if not rows_interact(live.routers()):  # else the rows to be judged were scored with others beside them
+                known = {state.batches: scored.nll.detach()[scored.counted]}
         if state.layers is None:
             state.layers = chosen_layers(self.settings.layers, live.fast, scored.seen)
-        paid = [0.0]
-        given = self._given(scored, parts, paid) if len(parts) > 1 else [(self._all_of(scored), scored.seen)]
+        paid: list[tuple[int, Tensor]] = []
+        given = self._whole(scored) if planned.parts is None else self._given(scored, planned.parts, paid)
         before = state.base if first else Learned.of(live.fast, live.optimizer, live.objective)
         assert before is not None
         try:
@@ -236,11 +196,11 @@ class Learner:
         except BaseException:  # memory that ran out between two parts, say: what they taught goes, what they took stays
             before.restore(live.fast, live.optimizer, live.objective)
             state.base = None if first else state.base
-            if paid[0]:
-                live.account.spend("update", batch.tokens, 2 * paid[0], since_s)
+            if paid:
+                live.account.spend("update", batch.tokens, 2 * live.account.costs.joules(paid), since_s)
             raise
         if live.objective.needs_graph:  # a backward to the activations costs as much as the forward did
-            joules = 2 * paid[0] if len(parts) > 1 else scored.served_j
+            joules = scored.served_j if planned.parts is None else 2 * live.account.costs.joules(paid)
             live.account.spend("update", batch.tokens, joules, since_s)
         if outcome.broken:
             return self._reset(scored, outcome.reason or "")
@@ -250,7 +210,7 @@ class Learner:
             return scored.step(outcome.reason, "collected" if outcome.collected else "skipped")
         state.updates += 1
         state.update_batch = state.batches
-        return self._follow(self._verdict(known), scored, outcome)
+        return self._follow(self._verdict(known, planned.judges), scored, outcome)
 
     def _all_of(self, scored: _Scored) -> LearnBatch:
         batch, state = scored.batch, self.state
@@ -265,31 +225,35 @@ class Learner:
             self.live.account,
         )
 
-    def _given(self, scored: _Scored, parts: Sequence[Sequence[int]], paid: list[float]) -> Parts:
-        """Yield the parts of a batch, each read when it is its turn; add the joules of their forwards to ``paid``."""
+    def _whole(self, scored: _Scored) -> Parts:
+        """Yield the whole batch as one part, with the graph of the forward that scored it."""
+        batch = self._all_of(scored)
+        yield Part(self.live.objective.learn(batch), batch.weights, scored.seen)
+
+    def _given(self, scored: _Scored, parts: Sequence[Sequence[int]], paid: list[tuple[int, Tensor]]) -> Parts:
+        """Yield the parts of a batch, each read when it is its turn; note the work of their forwards in ``paid``."""
         live, batch, whole = self.live, scored.batch, self._all_of(scored)
         chosen, learn_on = None, self.settings.learn_on
+        turn = self.state.batches if len(parts) == 1 else 0
         if rows_interact(live.routers()):
             chosen = choices(live.model, (batch.input_ids.shape[0], batch.input_ids.shape[1]))
-        for number, rows in enumerate(parts):
-            if not bool((scored.weights[rows] > 0).any()):
+        for number, members in enumerate(parts):
+            rows = torch.tensor(members, device=batch.input_ids.device)
+            weights = scored.weights[rows.to(scored.weights.device)]
+            if self.settings.percentiles is not None and not bool((weights > 0).any()):
                 continue  # percentiles, which are known only now, left nothing of it
-            free = learn_on == "unsteered" or (learn_on == "both" and number % 2 == 1)
+            free = learn_on == "unsteered" or (learn_on == "both" and (number + turn) % 2 == 1)
             ids = batch.input_ids[rows]
             mask = None if batch.mask is None else batch.mask[rows]
             tokens = ids.numel() if mask is None else int(mask.sum())
-            with (
-                live.account.aside(tokens) as cost,
-                unsteered(live.model) if free else replayed(live.model, chosen, rows),
-                torch.enable_grad(),
-                record_inputs(live.fast) as seen,
-            ):
-                nll, _ = token_nll(live.model, ids, mask)
-            assert cost.energy_j is not None
-            paid[0] += cost.energy_j
-            yield replace(whole, input_ids=ids, attention_mask=mask, nll=nll, weights=scored.weights[rows]), seen
+            part = replace(whole, input_ids=ids, attention_mask=mask, weights=weights)
+            with live.account.aside(tokens) as cost:
+                proposal, seen = live.forwards.learn(part, None if chosen is None else of_rows(chosen, rows), free=free)
+                cost.counts = live.forwards.counts
+            paid += cost.forwards
+            yield Part(proposal, weights, seen)
 
-    def _verdict(self, known: Known) -> Judged:
+    def _verdict(self, known: Known, judges: bool) -> Judged:
         state, guards = self.state, self.live.safeguards
         if not guards.judge:
             return Judged("accepted", "nothing is judged", None, None, None)
@@ -297,6 +261,8 @@ class Learner:
         enough = max(guards.judge_tokens, state.judge_at)
         if held < enough:
             return Judged("deferred", f"{held} of {enough} held-back tokens for a verdict", None, None, None)
+        if not judges:
+            return Judged("deferred", "a verdict costs too much yet for what it is about", None, None, None)
         judged = judge_update(self.live, state, known)
         # What could not be told is asked again when there is clearly more to tell it by.
         state.judge_at = min(2 * enough, guards.judge_tokens_most) if judged.verdict == "deferred" else 0
@@ -343,11 +309,6 @@ class Learner:
             step = replace(step, reason=reason)
         return step
 
-    def _shadow_bound_j(self, batch: Batch) -> float:
-        rows, length = batch.input_ids.shape
-        tokens = min(rows, -(-SHADOW_TOKENS // (length - 1))) * length
-        return self.live.account.costs.bound_j(2 * tokens, forwards=2)
-
     def _shadow(self, scored: _Scored, changed: bool) -> tuple[Paired | None, bool] | None:
         """Score the trained routers beside the adapted ones where that is due; return what was found, and the alarm."""
         live, state, guards = self.live, self.state, self.live.safeguards
@@ -356,16 +317,16 @@ class Learner:
         since = state.batches - state.shadow_batch
         if not guards.shadow or not (changed or since >= often) or not self.is_moved():
             return None
-        most_j = self._shadow_bound_j(batch)
+        most_j = shadow_bound_j(live, batch)
         cheap = bucket.frac is None or most_j <= CHEAP_FRAC * (bucket.level_j or 0.0)
         due = changed or cheap or state.cusum > 0 or since >= guards.shadow_every
         if not due or not bucket.allows(most_j):
             return None
         counted = scored.real
-        if not rows_interact(live.routers()):  # else the whole batch has to run, and all of it judges
+        if not rows_interact(live.routers()):  # else the whole batch has to run as it was scored, and all of it judges
             chosen = some_rows(batch, SHADOW_TOKENS, self._seed("shadow"))
             counted = counted & chosen.to(counted.device).unsqueeze(-1)
-        found = shadow(live, self._held_rows(batch, counted, evidence=True), scored.nll.detach()[counted])
+        found = shadow(live, HeldRows.of(state.batches, batch, counted, evidence=True), scored.nll.detach()[counted])
         state.shadows += 1
         state.shadow_batch, state.shadow_nats = state.batches, None if found is None else found.mean
         state.cusum, alarm = cusum(state.cusum, found)

@@ -8,18 +8,19 @@ Shape letters: L routed layers, E experts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from thermoe.adapt.learning_bucket import LearningBucket
 from thermoe.adapt.learning_work import LearningKind, LearningLedger, LearningWork, serving_nothing
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable
+from thermoe.energy.read_cost import ReadCost
 from thermoe.energy.work import ModelWork
 from thermoe.moe.decision import RoutingDecision
 from thermoe.moe.layer import Routed, routed_modules
@@ -32,13 +33,14 @@ class LearningCosts:
     Args:
         model: a model with routed modules.
         cost_model: the joules of work.
+        read_cost: what a byte of expert weights costs more or less than usual; see `ModelWork.of`.
 
     Raises:
         ConfigError: the work of the model cannot be counted.
     """
 
-    def __init__(self, model: nn.Module, cost_model: CostModel) -> None:
-        self.table = CostTable.of(cost_model, ModelWork.of(model))
+    def __init__(self, model: nn.Module, cost_model: CostModel, *, read_cost: ReadCost | None = None) -> None:
+        self.table = CostTable.of(cost_model, ModelWork.of(model, read_cost=read_cost))
         self.provenance = cost_model.provenance
         self._modules: list[Routed] = [module for _, module in routed_modules(model)]
 
@@ -49,18 +51,46 @@ class LearningCosts:
             tokens: real tokens of the forward.
             all_experts: every expert ran on every token, whatever was chosen, as in an audit.
         """
-        decisions = [module.last_routing for module in self._modules]
-        ran = [(row, decision) for row, decision in enumerate(decisions) if decision is not None]
-        pairs = torch.zeros_like(self.table.pair_j)
-        if ran:
-            width, device = pairs.shape[1], ran[0][1].expert_index.device
-            counts = [F.pad(d.counts.detach(), (0, width - d.num_experts)).to(device) for _, d in ran]
-            pairs[[row for row, _ in ran]] = torch.stack(counts).cpu().double()
-        if all_experts:
-            for row, decision in ran:
-                pairs[row, : decision.num_experts] = tokens
-        count = torch.tensor([float(tokens)], dtype=torch.float64)
-        return float(self.table.joules(count, pairs.unsqueeze(0), (pairs > 0).unsqueeze(0)))
+        return self.joules([(tokens, self.last_counts(tokens, all_experts=all_experts))])
+
+    def last_counts(self, tokens: int, *, all_experts: bool = False) -> Tensor:
+        """Return float32 (L, E), tokens by layer and expert of the forward just made, on its device, without waiting.
+
+        Args:
+            tokens: real tokens of the forward.
+            all_experts: every expert ran on every token.
+        """
+        decisions, width = self.decisions(), self.table.pair_j.shape[1]
+        device = next((d.expert_index.device for d in decisions if d is not None), torch.device("cpu"))
+        rows = [torch.zeros(width + 1, device=device)] * len(decisions)
+        # Layers of one shape together: launches cost more than the counting.
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for layer, decision in enumerate(decisions):
+            if decision is not None:
+                alike[decision.expert_index.numel(), decision.num_experts].append(layer)
+        for (_, experts), layers in alike.items():
+            counts = torch.zeros(len(layers), width + 1, device=device)
+            if all_experts:
+                counts[:, :experts] = float(tokens)
+            else:
+                index = torch.stack([d.expert_index.reshape(-1).to(device) for i in layers if (d := decisions[i])])
+                index = torch.where(index < experts, index, width)
+                counts.scatter_add_(1, index, torch.ones((), device=device).expand_as(index))
+            for layer, row in zip(layers, counts, strict=True):
+                rows[layer] = row
+        return torch.stack(rows)[:, :-1]
+
+    def joules(self, forwards: Sequence[tuple[int, Tensor]]) -> float:
+        """Return the joules of forwards together, each given by its real tokens and its counts; waits for the device.
+
+        Args:
+            forwards: any number of (tokens, counts as `last_counts` returns them).
+        """
+        if not forwards:
+            return 0.0
+        tokens = torch.tensor([float(count) for count, _ in forwards], dtype=torch.float64)
+        pairs = torch.stack([counts for _, counts in forwards]).cpu().double()
+        return float(self.table.joules(tokens, pairs, pairs > 0).sum())
 
     def decisions(self) -> list[RoutingDecision | None]:
         """Return the decisions on record, layer by layer."""
@@ -88,11 +118,21 @@ class LearningCosts:
         return total
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Paid:
-    """Joules of a forward; ``None`` until it was made."""
+    """What a forward costs: its real tokens; its counts, on the device; its joules. ``None`` until they are known.
 
+    Counts that are not given inside the context are taken from the decisions on record.
+    """
+
+    tokens: int
+    counts: Tensor | None = None
     energy_j: float | None = None
+
+    @property
+    def forwards(self) -> list[tuple[int, Tensor]]:
+        """What `LearningCosts.joules` takes: the forward, or none."""
+        return [] if self.counts is None else [(self.tokens, self.counts)]
 
 
 class LearningAccount:
@@ -132,21 +172,22 @@ class LearningAccount:
             all_experts: as in `LearningCosts.last_forward_j`.
 
         Yields:
-            What it cost, known when the context is left.
+            What it cost; the joules are known when the context is left.
         """
         since_s = self.ledger.clock.now_s()
         with self.aside(tokens, all_experts=all_experts) as paid:
             yield paid
-        assert paid.energy_j is not None
+        paid.energy_j = self.costs.joules(paid.forwards)
         self.spend(kind, tokens, paid.energy_j, since_s)
 
     @contextmanager
     def aside(self, tokens: int, *, all_experts: bool = False) -> Iterator[Paid]:
-        """Make one forward that serves nobody inside the context, as `forward` does, and leave paying to the caller."""
-        paid, served = Paid(), self.costs.decisions()
+        """Make one forward that serves nobody inside the context, and leave paying to the caller; waits for nothing."""
+        paid, served = Paid(tokens), self.costs.decisions()
         try:
             with serving_nothing():
                 yield paid
-            paid.energy_j = self.costs.last_forward_j(tokens, all_experts=all_experts)
+            if paid.counts is None:
+                paid.counts = self.costs.last_counts(tokens, all_experts=all_experts)
         finally:  # who looks at the model afterwards sees the routing of what was served
             self.costs.set_decisions(served)

@@ -17,7 +17,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from thermoe.moe.layer import routed_modules
@@ -62,15 +61,20 @@ def unsteered(model: nn.Module) -> Iterator[None]:
             router.unsteered = False
 
 
+def of_rows(chosen: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    """Return by layer the ids (T, K) of some sequences, int64 (R,), of those that `choices` returned."""
+    return [None if ids is None else ids[rows.to(ids.device)].flatten(0, 1) for ids in chosen]
+
+
 @contextmanager
-def replayed(model: nn.Module, chosen: Sequence[Tensor | None] | None, rows: Sequence[int]) -> Iterator[None]:
-    """Give these rows what was chosen for them, inside the context; with ``None`` routers choose anew."""
+def replayed(model: nn.Module, chosen: Sequence[Tensor | None] | None) -> Iterator[None]:
+    """Give tokens what was chosen for them, int64 (T, K) by layer, inside; with ``None`` routers choose anew."""
     modules = [module for _, module in routed_modules(model)]
     set_on: list[Router] = []
     try:
         for module, ids in zip(modules, [None] * len(modules) if chosen is None else chosen, strict=True):
             if ids is not None and isinstance(module.router, Router):
-                module.router.replay = ids[torch.tensor(rows, device=ids.device)].flatten(0, 1)
+                module.router.replay = ids
                 set_on.append(module.router)
         yield
     finally:

@@ -8,11 +8,12 @@ damped by its mean eigenvalue, so that small directions are not blown up; what i
 first tokens that are learned from, as a few eigenvectors, which is all that has to be kept. The size of a step
 follows the gradient's own, averaged per expert, as in Adam.
 
-Shape letters: T tokens, E experts, C features and one for delta, R directions.
+Shape letters: L layers, T tokens, E experts, C features and one for delta, R directions.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,33 +61,50 @@ class NaturalStep:
                 for.
         """
         at = 0
+        alike: dict[Any, list[tuple[FastWeights, dict[str, Any], Tensor]]] = defaultdict(list)
         for name in names:
-            fast = self.fast[name]
-            count = sum(1 for _ in fast.parameters())
+            count = sum(1 for _ in self.fast[name].parameters())
             delta_E, *matrix = gradients[at : at + count]
             at += count
-            gradient_EC = torch.cat([*matrix, delta_E.unsqueeze(1)], 1)
-            state = self.state.get(name)
-            if state is None and name not in features:
+            if name not in self.state and name not in features:
                 continue  # the layer did not run, so that there is no gradient either
-            if state is None:
-                state = self.state[name] = {
+            gradient_EC = torch.cat([*matrix, delta_E.unsqueeze(1)], 1)
+            if name not in self.state:
+                self.state[name] = {
                     "count": 0,
                     "mean": torch.zeros_like(gradient_EC),
                     "square": torch.zeros_like(gradient_EC[:, :1]),
                     **_directions(features[name]),
                 }
+            state = self.state[name]
+            if state["mean"].device != gradient_EC.device:  # the model was moved
+                state |= {k: v.to(gradient_EC.device) for k, v in state.items() if isinstance(v, Tensor)}
             state["count"] += 1
-            natural = _times_inverse(gradient_EC, state)
-            state["mean"].lerp_(natural, 1 - BETAS[0])
-            state["square"].lerp_((natural * gradient_EC).mean(1, keepdim=True), 1 - BETAS[1])
-            mean = state["mean"] / (1 - BETAS[0] ** state["count"])
-            size = (state["square"] / (1 - BETAS[1] ** state["count"])).sqrt()
-            unused = size <= (ROUNDING_FRAC * size.amax()).clamp(min=ROUNDING)  # not so for NaN, which has to be seen
-            move = torch.where(unused, 0, self.lr * mean / size.clamp(min=ROUNDING))
-            fast.delta.sub_(move[:, -1])
-            if fast.matrix is not None:
-                fast.matrix.sub_(move[:, :-1])
+            kind = gradient_EC.shape, state["vectors"].shape, state["count"], gradient_EC.device
+            alike[kind].append((self.fast[name], state, gradient_EC))
+        for layers in alike.values():
+            self._move([fast for fast, _, _ in layers], [s for _, s, _ in layers], torch.stack([g for *_, g in layers]))
+
+    def _move(self, fasts: Sequence[FastWeights], states: Sequence[Mapping[str, Any]], gradient_LEC: Tensor) -> None:
+        """Move layers of one shape that have taken as many steps: they are small, and one launch does for all."""
+        count = states[0]["count"]
+        damping, vectors, added, mean, square = (
+            torch.stack([state[key] for state in states]) for key in ("damping", "vectors", "added", "mean", "square")
+        )
+        along = torch.bmm(gradient_LEC, vectors) * added.unsqueeze(1)
+        natural = gradient_LEC / damping.view(-1, 1, 1) + torch.bmm(along, vectors.mT)
+        mean.lerp_(natural, 1 - BETAS[0])
+        square.lerp_((natural * gradient_LEC).mean(2, keepdim=True), 1 - BETAS[1])
+        torch._foreach_copy_([state["mean"] for state in states], list(mean.unbind()))
+        torch._foreach_copy_([state["square"] for state in states], list(square.unbind()))
+        size = (square / (1 - BETAS[1] ** count)).sqrt()
+        unused = size <= (ROUNDING_FRAC * size.amax((1, 2), keepdim=True)).clamp(min=ROUNDING)  # NaN has to be seen
+        move = torch.where(unused, 0, self.lr / (1 - BETAS[0] ** count) * mean / size.clamp(min=ROUNDING))
+        deltas: list[Tensor] = [fast.delta for fast in fasts]
+        torch._foreach_sub_(deltas, list(move[..., -1].unbind()))
+        matrices: list[Tensor] = [fast.matrix for fast in fasts if fast.matrix is not None]
+        if matrices:
+            torch._foreach_sub_(matrices, list(move[..., :-1].unbind()))
 
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors that are kept."""
@@ -132,9 +150,3 @@ def _directions(features: Tensor) -> dict[str, Tensor]:
     values, within = torch.linalg.eigh(seen.T @ seen / tokens)
     values, vectors = values[-DIRECTIONS:].clamp(min=0), (found @ within)[:, -DIRECTIONS:]
     return {"damping": damping, "vectors": vectors, "added": 1 / (values + damping) - 1 / damping}
-
-
-def _times_inverse(gradient_EC: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return the gradient times the inverse of the damped second moment."""
-    along = gradient_EC @ state["vectors"]
-    return gradient_EC / state["damping"] + (along * state["added"]) @ state["vectors"].T

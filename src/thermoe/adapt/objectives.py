@@ -66,11 +66,13 @@ class Proposal:
             moved the fast weights itself, or where there is nothing to move.
         weight: the sum of the weights behind it; gradients of several batches are averaged by it.
         reason: why there is nothing to learn, or ``None`` where there is.
+        loss: what the gradients are of, a scalar; nothing is learned where it is not finite.
     """
 
     gradients: list[Tensor] | None
-    weight: float
+    weight: Tensor | float
     reason: str | None = None
+    loss: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -79,6 +81,8 @@ class Objective(Protocol):
     Attributes:
         needs_graph: whether it takes gradients of what was scored, so that a forward has to keep its graph. Such an
             objective is asked once per part of a batch, others once per batch.
+        recordable: whether `learn` does the same to every batch and waits for nothing, so that a CUDA graph can hold
+            it: no draws by the seed, no state of its own, no forwards. Missing is no.
     """
 
     needs_graph: bool
@@ -118,6 +122,7 @@ class NextToken:
     """
 
     needs_graph = True
+    recordable = True
 
     def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
         del model, seed  # it fits every model, and draws nothing
@@ -131,14 +136,11 @@ class NextToken:
         with torch.enable_grad():
             weight = batch.weights.sum()
             loss = (batch.nll * batch.weights).sum() / weight
-        total = float(weight)
-        if not bool(torch.isfinite(loss)):
-            return Proposal(None, total, "the loss is not finite")
         if not loss.requires_grad:
-            return Proposal(None, total, "no token used an expert")
+            return Proposal(None, weight, "no token used an expert")
         # A layer in which no token used an expert has no part in the loss.
         gradients = torch.autograd.grad(loss, batch.parameters(), materialize_grads=True)
-        return Proposal(list(gradients), total)
+        return Proposal(list(gradients), weight, loss=loss.detach())
 
     def reset(self) -> None:
         """Do nothing: there is no state."""

@@ -28,6 +28,7 @@ from thermoe.adapt.steps import Forward
 from thermoe.adapt.tally import millijoule_span
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.cost_table import CostTable
+from thermoe.energy.read_cost import ReadCost
 from thermoe.energy.work import ModelWork
 from thermoe.moe.layer import Routed, routed_modules
 from thermoe.routers.base import Router
@@ -297,7 +298,9 @@ class PriceSolver:
         return found
 
 
-def feasible_range(model: nn.Module, cost_model: CostModel, solver: PriceSolver | None) -> str | None:
+def feasible_range(
+    model: nn.Module, cost_model: CostModel, solver: PriceSolver | None, read_cost: ReadCost | None = None
+) -> str | None:
     """Return in words what the routing of ``model`` can cost, in J/token; ``None`` for a model without routers.
 
     Before a forward was seen that is one sequence at decode, with the cheapest expert of each layer or top-k of the
@@ -311,7 +314,7 @@ def feasible_range(model: nn.Module, cost_model: CostModel, solver: PriceSolver 
     routers = [module.router for _, module in routed_modules(model)]
     if not routers:
         return None
-    table = CostTable.of(cost_model, ModelWork.of(model))
+    table = CostTable.of(cost_model, ModelWork.of(model, read_cost=read_cost))
     low_j = high_j = table.forward_j + table.token_j
     for each_j, router in zip(table.pair_j + table.open_j, routers, strict=True):
         assert isinstance(router, Router)

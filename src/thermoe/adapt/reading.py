@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ from thermoe.errors import ConfigError
 from thermoe.evaluation import check_token_ids
 from thermoe.routers.base import Router
 from thermoe.routers.fast_weights import FastWeights
+
+#: Weights of a batch add up to less, so that their products with losses and gradients are numbers.
+MOST_WEIGHT = 1e20
+#: A target that is none.
+NOTHING = -100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +53,7 @@ class Batch:
         check_token_ids(input_ids, where="input_ids")
         # What was made in inference mode cannot be part of a graph; a copy made outside of it can.
         ids = input_ids.clone() if input_ids.is_inference() else input_ids
+        ids = ids.long()  # as what is predicted has to be
         mask = None
         if attention_mask is not None:
             fits = isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape
@@ -70,11 +76,12 @@ class Batch:
         omega = real.float()
         if weights is not None:
             fits = isinstance(weights, Tensor) and weights.shape == ids.shape and weights.dtype != torch.bool
-            if not fits or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            fits = fits and not weights.is_complex()
+            if not fits or not bool((weights >= 0).all() & (weights.float().sum() < MOST_WEIGHT)):  # NaN is neither
                 raise ConfigError(
                     f"the weights are {_shown(weights)} for token ids {tuple(ids.shape)}",
                     where="weights",
-                    accepted="finite numbers of at least 0 in the shape of the token ids; 0 for generated text",
+                    accepted="numbers from 0, of a sum below 1e20, in the shape of the token ids; 0 for generated text",
                     fix="leave weights out where all of the text was given",
                 )
             omega = omega * weights[:, 1:].to(ids.device, torch.float32)
@@ -95,7 +102,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldRows:
-    """Sequences of one batch that nothing was learned from, with the rest of it where their routing depends on that.
+    """Sequences of one batch that nothing was learned from.
 
     Args:
         batch: the number of that batch.
@@ -105,6 +112,7 @@ class HeldRows:
         tokens: how many these are.
         evidence: whether the model read them better than by guessing. Text that it does not (its loss is at least
             that of a uniform guess, as it is for random tokens whatever the model) judges nothing.
+        together: sequences of that batch, which were routed together where rows interact.
     """
 
     batch: int
@@ -113,6 +121,20 @@ class HeldRows:
     counted: Tensor
     tokens: int
     evidence: bool
+    together: int
+
+    @classmethod
+    def of(cls, number: int, batch: Batch, counted: Tensor, *, evidence: bool) -> HeldRows:
+        """Return the rows of a batch that have a predicted token in ``counted``, bool (B, S - 1)."""
+        rows = counted.any(-1).to(batch.input_ids.device)
+        mask = None if batch.mask is None else batch.mask[rows]
+        ids = batch.input_ids
+        return cls(number, ids[rows], mask, counted[rows], int(counted.sum()), evidence, len(ids))
+
+    def to(self, device: torch.device) -> HeldRows:
+        """Return the same rows on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, input_ids=self.input_ids.to(device), mask=mask, counted=self.counted.to(device))
 
     @property
     def rows(self) -> int:
@@ -170,6 +192,11 @@ class HeldText:
         """How many tokens judge."""
         return sum(rows.tokens for rows in self.rows)
 
+    def move_to(self, device: torch.device) -> None:
+        """Take all rows to where batches are now: the model may have been moved."""
+        if any(rows.input_ids.device != device for rows in self.rows):
+            self.rows = deque(rows.to(device) for rows in self.rows)
+
     def since(self, batch: int) -> list[HeldRows]:
         """Return the rows of batches after the one numbered ``batch``."""
         return [rows for rows in self.rows if rows.batch > batch]
@@ -197,9 +224,10 @@ def token_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tuple
         if not bool(mask[:, 0].all()):
             told["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     logits = model(input_ids, **told).logits
-    targets = input_ids[:, 1:].to(logits.device)
-    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return nll.view(input_ids.shape[0], -1), logits.shape[-1]
+    # The last position predicts nothing: to leave it out of the sum is cheaper than to cut it out of the logits.
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=NOTHING).to(logits.device)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=NOTHING)
+    return nll.view(input_ids.shape)[:, :-1], logits.shape[-1]
 
 
 def some_rows(batch: Batch, tokens: int, seed: str) -> Tensor:

@@ -11,6 +11,7 @@ Shape letters: L layers, T tokens, O router outputs, E experts.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -77,21 +78,29 @@ class Safeguards:
 
     def __post_init__(self) -> None:
         positive = "a finite number above 0, or None for none"
+        share = "a number above 0 and at most 1, or None for none"
         for name, fits, accepted, usual in (
-            ("kl_cap", self.kl_cap is None or (_real(self.kl_cap) and 0 < self.kl_cap < math.inf), positive, 0.3),
+            (
+                "kl_cap",
+                self.kl_cap is None or (_real(self.kl_cap) and 0 < self.kl_cap <= sys.float_info.max),
+                positive,
+                0.3,
+            ),
             ("anchor", _real(self.anchor) and 0 < self.anchor <= 1, "a number above 0 and at most 1", 0.99),
             ("retreat", _real(self.retreat) and 0 < self.retreat <= 1, "a number above 0 and at most 1", 0.9),
             ("judge", isinstance(self.judge, bool), "True or False", True),
             ("judge_tokens", _whole(self.judge_tokens), "an integer of at least 1", 1000),
             (
                 "judge_tokens_most",
-                _whole(self.judge_tokens_most) and self.judge_tokens_most >= self.judge_tokens,
+                _whole(self.judge_tokens_most)
+                and _whole(self.judge_tokens)
+                and self.judge_tokens_most >= self.judge_tokens,
                 "an integer of at least judge_tokens",
                 8192,
             ),
             ("shadow", isinstance(self.shadow, bool), "True or False", True),
             ("shadow_every", _whole(self.shadow_every), "an integer of at least 1", 16),
-            ("diversity", self.diversity is None or (_real(self.diversity) and 0 < self.diversity <= 1), positive, 0.5),
+            ("diversity", self.diversity is None or (_real(self.diversity) and 0 < self.diversity <= 1), share, 0.5),
         ):
             if not fits:
                 raise ConfigError(
@@ -133,12 +142,14 @@ def trust_region_scale(slow_LTO: Tensor, correction_LTO: Tensor, cap: float) -> 
     """Return the largest scales (L,) in [0, 1] at which the KL of each layer is at most ``cap``, and these KLs (L,).
 
     A family of fast weights is linear in its parameters, so that scaling them scales the correction; the KL is convex
-    in the scale with its minimum of 0 at 0, so that bisection finds the edge. Works on the device and reads nothing.
-    A layer inside the region gets exactly 1.
+    in the scale with its minimum of 0 at 0, so that bisection finds the edge. A layer inside the region gets exactly 1;
+    whether all are is asked first, which waits for the device once.
     """
     target = cap * (1 - ROUNDING)
     high = torch.ones(slow_LTO.shape[0], device=slow_LTO.device)
     whole = router_kl(slow_LTO, correction_LTO, high)
+    if bool((whole <= target).all()):
+        return high, whole
     low = torch.zeros_like(high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

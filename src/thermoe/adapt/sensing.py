@@ -11,6 +11,33 @@ from torch import nn
 from thermoe.telemetry.meter import EnergyMeter
 
 
+def sensed_range(given: EnergyMeter | None, model: nn.Module) -> dict[str, str]:
+    """Return in words, by field of a budget, what watts and degrees can be held; empty where no sensor tells.
+
+    Args:
+        given: a meter, open or not; ``None`` for one of its own, closed at the end.
+        model: what runs.
+    """
+    with ExitStack() as stack:
+        meter = given or stack.enter_context(_meter_for(model))
+        now, told = meter.snapshot(), meter.describe()
+    said = {}
+    power_w, limit_w, temp_c = now["power_w"], now["power_limit_w"], now["temp_c"]
+    if limit_w is not None:
+        drawn = "" if power_w is None else f", with {power_w:.0f} W drawn now"
+        label = told["power_limit_w"]["provenance"]
+        said["power_w"] = f"less than the {limit_w:.0f} W of the board's limit{drawn} ({label})"
+    if temp_c is not None:
+        said["temp_c"] = f"more than at rest, with {temp_c:.0f} C now ({told['temp_c']['provenance']})"
+    return said
+
+
+def _meter_for(model: nn.Module) -> EnergyMeter:
+    devices = {p.device for p in model.parameters()}
+    boards = [torch.cuda.get_device_properties(device) for device in devices if device.type == "cuda"]
+    return EnergyMeter(devices=boards or "cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Sensing:
     """An open meter and what it can do.
@@ -31,9 +58,7 @@ class Sensing:
         if given is not None:
             meter = given.open()
         else:
-            devices = {p.device for p in model.parameters()}
-            boards = [torch.cuda.get_device_properties(device) for device in devices if device.type == "cuda"]
-            meter = stack.enter_context(EnergyMeter(devices=boards or "cpu"))
+            meter = stack.enter_context(_meter_for(model))
         described = meter.describe()
         energy = described["energy_j"]
         no_sensor = None if energy["provenance"] and meter.devices else str(energy["reason"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from thermoe.errors import ConfigError, RoutingError
-from thermoe.evaluation import check_token_ids, sequence_nll
+from thermoe.evaluation import check_token_ids, check_vocabulary, sequence_nll
 from thermoe.moe.layer import MoELayer, moe_layers, routed_modules
 from thermoe.moe.offload import readable
 from thermoe.routers.priced import PricedRouter
@@ -79,14 +79,7 @@ def measure_sensitivity(model: nn.Module, rows: Tensor, *, batch_size: int = 8, 
             fix="leave the sensitivities at 1" if attached else "convert it first: thermoe.convert_to_moe(model)",
         )
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    known = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
-    if known is not None and not 0 <= int(rows.min()) <= int(rows.max()) < known:
-        raise ConfigError(
-            f"there are token ids from {int(rows.min())} to {int(rows.max())}",
-            where="rows",
-            accepted=f"ids of the model's vocabulary, 0 to {known - 1}",
-            fix="encode the text with the tokenizer of this model",
-        )
+    check_vocabulary(model, rows, where="rows")
     sums = {name: torch.zeros(2, layer.experts.num_experts, device=rows.device) for name, layer in layers.items()}
     seen = {name: _Seen() for name in layers}
     handles = [layer.register_forward_hook(seen[name]) for name, layer in layers.items()]

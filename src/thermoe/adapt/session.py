@@ -34,6 +34,7 @@ from thermoe.adapt.controller import BudgetController
 from thermoe.adapt.instrument import Instrument
 from thermoe.adapt.price import feasible_range
 from thermoe.adapt.price_holder import PriceHolder
+from thermoe.adapt.sensing import sensed_range
 from thermoe.adapt.session_arguments import Feedback, check_session_arguments, check_shape
 from thermoe.adapt.session_learning import Learn
 from thermoe.adapt.session_loop import SessionLoop, state_of
@@ -41,6 +42,7 @@ from thermoe.adapt.session_state import STATE_VERSION, take_up
 from thermoe.adapt.tally import Tally, text_report
 from thermoe.adapt.test_time import AdaptStep, RouterAdapter
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.read_cost import ReadCost, checked_read_cost
 from thermoe.errors import ConfigError
 from thermoe.telemetry.meter import EnergyMeter
 
@@ -57,6 +59,8 @@ class AdaptiveSession:
         budget: see `Budget.parse`; ``None`` is OFF: price 0, the baseline bit for bit, and everything is reported.
         meter: what measures; by default a meter of its own on the devices of the model, closed at the end.
         cost_model: the joules of work; by default what was calibrated on this machine, else the prior.
+        read_cost: what a byte of expert weights costs where dtype and shape do not show it, by name of a layer; see
+            `ModelWork.of`. Modelled joules, routers and learning all count with it.
         feedback: "measured" corrects the model by the sensor; "modelled" holds the budget against modelled joules on
             purpose; "auto" is the first where there is a sensor, else the second, and the reason says which.
         window_s: length of a window of the sensor, in seconds; at least two periods of the sampler.
@@ -87,6 +91,7 @@ class AdaptiveSession:
         *,
         meter: EnergyMeter | None = None,
         cost_model: CostModel | None = None,
+        read_cost: ReadCost | None = None,
         feedback: Feedback = "auto",
         window_s: float = 2.0,
         auto_step: int | None = None,
@@ -100,6 +105,7 @@ class AdaptiveSession:
             model,
             meter=meter,
             cost_model=cost_model,
+            read_cost=read_cost,
             feedback=feedback,
             window_s=window_s,
             auto_step=auto_step,
@@ -110,16 +116,16 @@ class AdaptiveSession:
             learn=learn,
         )
         self.model = model
-        self._cost_model = cost_model
+        self._cost_model, self._read_cost = cost_model, checked_read_cost(read_cost)
         self._instrument: Instrument | None = None
+        self._loop: SessionLoop | None = None
+        self._meter_given, self._meter = meter, meter
         parsed = self._parsed(budget)
         settings = {"period_s": window_s, "delay_windows": DELAY_WINDOWS, **(control or {})}
         self._holder = PriceHolder(BudgetController(parsed, **settings))
-        self._meter_given, self._meter = meter, meter
         self._provenance_modelled, self._cost_reason = "estimated", "not chosen yet"
         self._feedback: Feedback = feedback
         self._window_s, self._auto_step, self._on_step, self._solve_every = window_s, auto_step, on_step, solve_every
-        self._loop: SessionLoop | None = None
         self._router_options = dict(router or {})
         self.metrics: dict[str, Any] = {}
         self.tally = Tally()
@@ -151,6 +157,7 @@ class AdaptiveSession:
                 self.model,
                 meter=self._meter_given,
                 cost_model=self._cost_model,
+                read_cost=self._read_cost,
                 router=self._router_options,
                 after_forward=self._after_forward,
                 holder=self._holder,
@@ -323,7 +330,9 @@ class AdaptiveSession:
         try:
             return Budget.parse(budget)
         except ConfigError:
-            return Budget.parse(budget, feasible=self.feasible())
+            meter = self._meter_given if self._loop is None else self._meter
+            told = {"j_per_token": self.feasible(), **sensed_range(meter, self.model)}
+            return Budget.parse(budget, feasible={name: words for name, words in told.items() if words is not None})
 
     def _push(self) -> None:
         if self._loop is not None:
@@ -333,7 +342,7 @@ class AdaptiveSession:
         """Return in words what this model can be held to, in J/token by the cost model; ``None`` where it cannot."""
         cost = self._cost_model or CostModel.prior()
         if self._instrument is None:
-            return feasible_range(self.model, cost, None)
+            return feasible_range(self.model, cost, None, self._read_cost)
         with self._instrument.searching:
             return feasible_range(self.model, cost, self._instrument.solver)
 

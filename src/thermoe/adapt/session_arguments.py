@@ -10,7 +10,10 @@ from torch import nn
 
 from thermoe.adapt.session_learning import check_learn
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.read_cost import checked_read_cost
+from thermoe.energy.work import ModelWork
 from thermoe.errors import ConfigError, TelemetryError, UnknownNameError
+from thermoe.moe.layer import routed_modules
 from thermoe.telemetry.meter import EnergyMeter
 
 Feedback = Literal["auto", "measured", "modelled"]
@@ -33,6 +36,7 @@ def check_session_arguments(
     *,
     meter: Any,
     cost_model: Any,
+    read_cost: Any,
     feedback: Any,
     window_s: Any,
     auto_step: Any,
@@ -54,6 +58,9 @@ def check_session_arguments(
         raise _refused("meter", meter, "an EnergyMeter, or None", 'write meter=EnergyMeter("auto"), or leave it out')
     if cost_model is not None and not isinstance(cost_model, CostModel):
         raise _refused("cost_model", cost_model, "a CostModel, or None")
+    # A Hugging Face MoE has no layers to name before it is entered; then they are looked at again.
+    if checked_read_cost(read_cost) and next(routed_modules(model), None) is not None:
+        ModelWork.of(model, read_cost=read_cost)
     if feedback not in FEEDBACKS:
         raise UnknownNameError.of("feedback", str(feedback), FEEDBACKS, where="AdaptiveSession(feedback=...)")
     is_number = isinstance(window_s, (int, float)) and not isinstance(window_s, bool)

@@ -15,6 +15,7 @@ from thermoe.adapt.learning_tally import LearningTally
 from thermoe.adapt.learning_work import LearningWork
 from thermoe.adapt.test_time import AdaptStep, RouterAdapter
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.read_cost import ReadCost
 from thermoe.errors import ConfigError, RoutingError
 from thermoe.results import Provenance
 from thermoe.telemetry.clock import Clock
@@ -58,6 +59,7 @@ class SessionLearning:
         learn: as a session is told; not ``None`` or false.
         model: with the routers of the session in place.
         cost_model: the joules of work.
+        read_cost: what a byte of expert weights costs more or less than usual; an adapter of the user's knows its own.
         clock: of the session.
         saved: the state to go on from, or ``None``.
         stack: closes an adapter that was opened here; gives one of the user's back as it was, open.
@@ -73,6 +75,7 @@ class SessionLearning:
         learn: Learn,
         model: nn.Module,
         cost_model: CostModel,
+        read_cost: ReadCost,
         clock: Clock,
         saved: Mapping[str, Any] | None,
         stack: ExitStack,
@@ -88,7 +91,8 @@ class SessionLearning:
             self.adapter = learn
         else:
             options = dict(learn) if isinstance(learn, Mapping) else {}
-            self.adapter = stack.enter_context(RouterAdapter(model, **{"cost_model": cost_model, **options}))
+            options = {"cost_model": cost_model, "read_cost": read_cost, **options}
+            self.adapter = stack.enter_context(RouterAdapter(model, **options))
         self._provenance: Provenance = cost_model.provenance
         if saved is not None:
             self.adapter.load_state_dict(saved)

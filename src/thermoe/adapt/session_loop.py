@@ -25,6 +25,7 @@ from thermoe.adapt.tally import Tally, step_metrics
 from thermoe.adapt.windows import ClosedWindow, EnergyWindows, modelled_reading
 from thermoe.energy.cost_model import CostModel
 from thermoe.energy.profile import cost_model_of
+from thermoe.energy.read_cost import ReadCost
 from thermoe.models.attach import attach_router
 from thermoe.moe.layer import routed_modules
 from thermoe.telemetry.meter import EnergyMeter
@@ -70,6 +71,7 @@ class SessionLoop:
         *,
         meter: EnergyMeter | None,
         cost_model: CostModel | None,
+        read_cost: ReadCost,
         router: Mapping[str, Any],
         after_forward: Callable[[], None],
         holder: PriceHolder,
@@ -87,6 +89,7 @@ class SessionLoop:
             model: as the session's.
             meter: given by the user, or ``None``.
             cost_model: likewise.
+            read_cost: as a session is told.
             router: options of priced routers.
             after_forward: called after each served forward.
             holder: of the prices, which come into force at once.
@@ -103,11 +106,12 @@ class SessionLoop:
         cost, reason = (cost_model, "given") if cost_model is not None else cost_model_of(model, sensing.meter)
         learning = None
         if learn is not None:  # first, so that the work of fast weights is counted; routers hand them on
-            learning = SessionLearning(learn, model, cost, sensing.meter.clock, learned, stack)
+            learning = SessionLearning(learn, model, cost, read_cost, sensing.meter.clock, learned, stack)
         instrument = Instrument(
             model,
             cost,
             sensing.meter.clock,
+            read_cost=read_cost,
             router=router,
             needs_price=holder.budget is not None,
             after_forward=after_forward,

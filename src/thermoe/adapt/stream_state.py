@@ -44,7 +44,7 @@ PLAIN = (
 #: Texts of a stream that are told apart, as many as `MEMORY_FRAC` of the model's bytes hold; then the one of which the
 #: fewest batches were read makes room, so that a stray batch does not push out what was learned for long.
 LEAST_TEXTS, MOST_TEXTS, MEMORY_FRAC = 2, 8, 0.04
-HELD = ("batch", "input_ids", "mask", "counted", "tokens", "evidence")
+HELD = ("batch", "input_ids", "mask", "counted", "tokens", "evidence", "together")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

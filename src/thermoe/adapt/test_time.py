@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thermoe.adapt import adapter_settings as checked
 from thermoe.adapt import local_objective  # noqa: F401  (registers the objective "local")
-from thermoe.adapt.adapter_settings import check_reading, check_settings, chosen_layers, guards_of
 from thermoe.adapt.fast_optimizer import FastOptimizer
 from thermoe.adapt.fast_places import FastPlaces
+from thermoe.adapt.forwards import Forwards
 from thermoe.adapt.judging import without_fast
 from thermoe.adapt.learner import Learner, ReadSettings
 from thermoe.adapt.learning_bucket import LearningBucket
@@ -38,7 +39,9 @@ from thermoe.adapt.reading import Batch
 from thermoe.adapt.safeguards import Safeguards
 from thermoe.adapt.update import Live
 from thermoe.energy.cost_model import CostModel
+from thermoe.energy.read_cost import ReadCost
 from thermoe.errors import CheckpointError, ConfigError, RoutingError
+from thermoe.evaluation import check_vocabulary
 from thermoe.models.classes import MoEModelMixin
 
 __all__ = ["AdaptStep", "RouterAdapter"]
@@ -76,6 +79,9 @@ class RouterAdapter:
             told to `bucket.earn`.
         min_gain_per_j: nats that a joule of learning has to gain, else updates become rarer; see `Cadence`.
         cost_model: joules of work; the prior by default.
+        read_cost: what a byte of expert weights costs more or less than usual; see `ModelWork.of`.
+        graphs: record forwards of learning in CUDA graphs where that is possible (`forwards.py`); ``metrics`` says how
+            many there are, and why not.
         seed: of what is held back; the same seed and stream give the same bits.
 
     Attributes:
@@ -100,7 +106,7 @@ class RouterAdapter:
         rank: int = 8,
         objective: str = "next_token",
         optimizer: str = "natural",
-        steps: int = 4,
+        steps: int = 16,
         learn_on: str = "both",
         by_text: bool = True,
         layers: str | Sequence[int | str] = "all",
@@ -111,12 +117,18 @@ class RouterAdapter:
         bucket: float | None = 0.05,
         min_gain_per_j: float | None = None,
         cost_model: CostModel | None = None,
+        read_cost: ReadCost | None = None,
+        graphs: bool = True,
         seed: int = 0,
     ) -> None:
-        check_settings(lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac)
-        check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
-        check_reading(by_text, learn_on, percentiles)
-        self.model, self.safeguards = model, guards_of(safeguards, anchor)
+        checked.check_settings(
+            lr=lr, anchor=anchor, max_grad_norm=max_grad_norm, min_tokens=min_tokens, held_frac=held_frac
+        )
+        checked.check_settings(steps=steps, min_gain_per_j=min_gain_per_j, seed=seed)
+        checked.check_reading(by_text, learn_on, percentiles)
+        checked.check_flag("graphs", graphs)
+        self.model, self.safeguards = model, checked.guards_of(safeguards, anchor)
+        cost = checked.cost_model_of(cost_model)
         self.bucket, self.ledger = LearningBucket(bucket), LearningLedger()
         self.family, self.objective = family, objective
         make = OBJECTIVES.get(objective, where="adapt.objective")
@@ -129,14 +141,16 @@ class RouterAdapter:
         with torch.inference_mode(False):
             self._places = FastPlaces(model, family, rank)
             try:
-                chosen_layers(layers, self._places.fast)
-                costs = LearningCosts(model, cost_model or CostModel.prior())
+                checked.chosen_layers(layers, self._places.fast)
+                costs = LearningCosts(model, cost, read_cost=read_cost)
+                learns_from = make(model, seed=seed)
                 live = Live(
                     model,
                     self._places.fast,
                     FastOptimizer(self._places.fast, optimizer, lr),
-                    make(model, seed=seed),
+                    learns_from,
                     LearningAccount(costs, self.ledger, self.bucket),
+                    Forwards(model, self._places.fast, learns_from, costs, record=graphs),
                     self.safeguards,
                     lr,
                     max_grad_norm,
@@ -187,13 +201,14 @@ class RouterAdapter:
                 model generated. What is scored does not depend on them.
 
         Raises:
-            ConfigError: these are no token ids with S of at least 2, so that there is none to predict, or mask or
-                weights do not fit them; nothing is scored then.
+            ConfigError: these are no token ids of the model with S of at least 2, so that there is none to predict, or
+                mask or weights do not fit them; nothing is scored then.
             RoutingError: the adapter is closed.
         """
         with torch.inference_mode(False):
             batch = Batch.of(input_ids, attention_mask, weights)
             self._require_open("score_and_learn")
+            check_vocabulary(self.model, batch.input_ids, where="input_ids")
             self._places.put()
             if self._mode is not None:
                 return self._learner.score(batch, self._mode)
@@ -306,8 +321,13 @@ class RouterAdapter:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Plain numbers and words of the present stream and the last batch; unknown is ``None``."""
-        return step_metrics(self._last, self._learner.streams.present, self.lr, self.ledger, self.bucket)
+        """Plain numbers and words of the present stream and the last batch; unknown is ``None``.
+
+        ``graphs`` is how many forwards of learning are recorded in CUDA graphs, ``graphs_reason`` why none can be.
+        """
+        found = step_metrics(self._last, self._learner.streams.present, self.lr, self.ledger, self.bucket)
+        forwards = self._learner.live.forwards
+        return found | {"graphs": forwards.recorded, "graphs_reason": forwards.why_not}
 
     def report(self) -> str:
         """Return what happened so far, for people."""

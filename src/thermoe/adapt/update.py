@@ -8,6 +8,7 @@ Shape letters: B sequences, S positions, T tokens, L layers, E experts, O router
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thermoe.adapt.fast_optimizer import FastOptimizer
+from thermoe.adapt.forwards import Forwards
 from thermoe.adapt.learning_costs import LearningAccount
-from thermoe.adapt.objectives import LearnBatch, Objective
+from thermoe.adapt.objectives import Objective, Proposal
 from thermoe.adapt.reading import RouterInput
 from thermoe.adapt.safeguards import (
     BALANCE_STEP,
@@ -34,6 +36,7 @@ from thermoe.routers.fast_weights import FastWeights
 
 #: Steps become shorter where the last update went too far, longer where it did not; least share of the step size.
 SHORTER, LONGER, LEAST_LR_FRAC = 0.7, 1.15, 1 / 16
+NOT_FINITE = "the loss or its gradient is not finite"
 #: Most tokens on which the trust region is measured.
 REGION_TOKENS = 2048
 
@@ -48,6 +51,7 @@ class Live:
         optimizer: of all of them.
         objective: what is learned from.
         account: pays.
+        forwards: makes the forwards of learning.
         safeguards: settings.
         lr: step size that was set, the longest.
         max_grad_norm: gradients are scaled down to this norm.
@@ -59,6 +63,7 @@ class Live:
     optimizer: FastOptimizer
     objective: Objective
     account: LearningAccount
+    forwards: Forwards
     safeguards: Safeguards
     lr: float
     max_grad_norm: float
@@ -95,8 +100,23 @@ class Outcome:
     diversity: dict[str, float] = field(default_factory=dict)
 
 
-#: What is learned from, part by part, each with what the routers saw in its forward.
-Parts = Iterable[tuple[LearnBatch, Mapping[str, RouterInput]]]
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A part of a batch, read.
+
+    Args:
+        proposal: what the objective makes of it.
+        weights: float32 (B, S - 1), what each of its predicted tokens counts.
+        seen: by layer name, what the routers saw.
+    """
+
+    proposal: Proposal
+    weights: Tensor
+    seen: Mapping[str, RouterInput]
+
+
+#: A part is made when it is its turn, with what the fast weights are then, and may be written over by the next.
+Parts = Iterable[Part]
 
 
 def update(
@@ -106,45 +126,41 @@ def update(
 
     Args:
         live: the adapter's parts.
-        state: of the stream.
-        parts: of the batch, one step each; at least one. A part is made when it is its turn, with what the fast weights
-            are then.
+        state: of the stream; its layers are chosen.
+        parts: of the batch, one step each; at least one.
         seen: what the routers got in the scoring forward.
         held: bool (B, S - 1): predictions that are held back; the trust region is measured where they are made.
         real: bool (B, S - 1): real predictions.
     """
-    fast: Mapping[str, FastWeights] = {}
-    before: list[Tensor] = []
+    fast = {name: live.fast[name] for name in state.layers or ()}
+    parameters = [p for one in fast.values() for p in one.parameters()]
+    before = [p.detach().clone() for p in parameters]
     back: Tensor | None = None
     nothing, stepped = None, False
-    for number, (batch, inputs) in enumerate(parts):
-        if number == 0:
-            fast, before = batch.fast, [p.detach().clone() for p in batch.parameters()]
-        proposal = live.objective.learn(batch)
+    for part in parts:
+        proposal = part.proposal
         if proposal.reason is not None:
-            if "not finite" in proposal.reason:
-                return Outcome(reason=proposal.reason, broken=True)
             nothing = proposal.reason  # unless another part moves
             continue
         if proposal.gradients is None:
             continue
-        gradients = _collected(state, proposal.gradients, proposal.weight, int((batch.weights > 0).sum()))
-        tokens = 0 if state.chunk is None else state.chunk[2]
-        if tokens < live.min_tokens:
-            return Outcome(reason=f"collected {tokens} of {live.min_tokens} tokens", collected=True)
-        state.chunk = None
+        gradients, waiting = _collected(live, state, part)
+        if waiting is not None:
+            return Outcome(reason=waiting, collected=True)
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            return Outcome(reason="the gradient is not finite", broken=True)
-        if not stepped:  # of text that nothing was learned from yet
+        finite = torch.isfinite(norm if proposal.loss is None else norm + proposal.loss.to(norm.device))
+        first, stepped = not stepped, True
+        if first:  # of text that nothing was learned from yet
+            if not bool(finite):
+                return Outcome(reason=NOT_FINITE, broken=True)
             back = _heed(live, state, list(fast.values()), gradients)
         scale = (live.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        features = _features(live, fast, batch, inputs)
-        live.optimizer.step(list(fast), [gradient * scale for gradient in gradients], features)
-        stepped = True
+        live.optimizer.step(list(fast), _scaled(gradients, scale), _features(live, fast, part))
+        # Asked when the step is on its way, so that the device has work while the host waits; a reset undoes it all.
+        if not first and not bool(finite):
+            return Outcome(reason=NOT_FINITE, broken=True)
     if nothing is not None and not stepped:
         return Outcome(reason=nothing)
-    parameters = [p for one in fast.values() for p in one.parameters()]
     outcome = Outcome()
     with torch.no_grad():
         # The steps alone: a pull that outweighs them points back, and would have them shortened for being too short.
@@ -155,16 +171,16 @@ def update(
                 if back is not None:
                     parameter.mul_(back[layer].to(parameter.device))
         present = {name: seen[name] for name in fast if name in seen}
-        crowded = _keep_diverse(live, state, present, _places(real), outcome)
+        everywhere = _Places.of(real)
+        crowded = _keep_diverse(live, state, present, everywhere, outcome)
         if not crowded and live.safeguards.kl_cap is not None:
-            chosen = _places(held) if bool(held.any()) else _places(real)
-            _keep_near(live, present, chosen, live.safeguards.kl_cap, outcome)
+            chosen = _Places.of(held)
+            _keep_near(live, present, chosen if chosen.count else everywhere, live.safeguards.kl_cap, outcome)
         changes = [p - b for p, b in zip(parameters, before, strict=True)]
-        change = torch.nn.utils.get_total_norm(changes)
-        outcome.change_norm = float(change)
+        outcome.change_norm = float(torch.nn.utils.get_total_norm(changes))
     if crowded:
         return Outcome(reason="the experts in use stay far fewer than the trained router's", broken=True)
-    if not torch.isfinite(change):
+    if not math.isfinite(outcome.change_norm):
         return Outcome(reason="the fast weights are not finite", broken=True)
     outcome.moved = outcome.change_norm > 0
     outcome.reason = None if outcome.moved else "the step was zero"
@@ -199,49 +215,81 @@ def _heed(live: Live, state: StreamState, fast: Sequence[FastWeights], gradients
     return None if retreat == 1 else torch.where(outward > 0, retreat, 1.0)
 
 
-def _features(
-    live: Live, fast: Mapping[str, FastWeights], batch: LearnBatch, inputs: Mapping[str, RouterInput]
-) -> dict[str, Tensor]:
+def _scaled(gradients: list[Tensor], scale: Tensor) -> Sequence[Tensor]:
+    if len({gradient.device for gradient in gradients}) == 1:
+        return torch._foreach_mul(gradients, scale)
+    return [gradient * scale.to(gradient.device) for gradient in gradients]
+
+
+def _features(live: Live, fast: Mapping[str, FastWeights], part: Part) -> dict[str, Tensor]:
     """Return by layer the features (T, C) that the optimiser asks for: of what is learned from, and of nothing else.
 
     Not of padding, nor of what is held back or was generated.
     """
-    wanted = [name for name in inputs if name in fast and live.optimizer.wants(name)]
-    learned = _places(batch.weights > 0) if wanted else None
+    wanted = [name for name in part.seen if name in fast and live.optimizer.wants(name)]
+    if not wanted:
+        return {}
+    learned = _Places.of(part.weights > 0)
     found = {}
     for name in wanted:
-        assert learned is not None
-        x, slow = _rows(inputs[name].x, learned), _rows(inputs[name].slow, learned)
+        x, slow = learned.rows(part.seen[name].x), learned.rows(part.seen[name].slow)
         found[name] = fast[name].features(x, slow)
     return found
 
 
-def _collected(state: StreamState, gradients: list[Tensor], weight: float, tokens: int) -> list[Tensor]:
-    """Add gradients to those put aside, and return the mean of all of them."""
-    if state.chunk is None:
-        state.chunk = gradients, weight, tokens
-        return gradients
-    sums, total, count = state.chunk
-    together = total + weight
-    mean = [a * (total / together) + b * (weight / together) for a, b in zip(sums, gradients, strict=True)]
-    state.chunk = mean, together, count + tokens
-    return mean
+def _collected(live: Live, state: StreamState, part: Part) -> tuple[list[Tensor], str | None]:
+    """Return the gradients of a part, with those that were put aside; and why they wait, or ``None``."""
+    gradients, weight = part.proposal.gradients, part.proposal.weight
+    assert gradients is not None
+    if not live.min_tokens and state.chunk is None:
+        return gradients, None
+    weight, tokens = float(weight), int((part.weights > 0).sum())
+    if state.chunk is not None:
+        sums, total, count = state.chunk
+        together, tokens = total + weight, count + tokens
+        sums = [a.to(b.device) for a, b in zip(sums, gradients, strict=True)]
+        gradients = [a * (total / together) + b * (weight / together) for a, b in zip(sums, gradients, strict=True)]
+        weight = together
+    if tokens >= live.min_tokens:
+        state.chunk = None
+        return gradients, None
+    state.chunk = gradients, weight, tokens
+    return gradients, f"collected {tokens} of {live.min_tokens} tokens"
 
 
-def _places(predictions: Tensor) -> Tensor:
-    """Return bool (B * S,): the positions that make these predictions (B, S - 1)."""
-    return F.pad(predictions, (0, 1)).reshape(-1)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """The positions that make some predictions, as rows of what the layers saw.
 
+    Args:
+        index: int64 (N,), ascending.
+        total: how many positions there are, B * S.
+    """
 
-def _rows(value: Tensor, chosen: Tensor, most: int | None = None) -> Tensor:
-    """Return the chosen rows of (T, ...); all of them where the layer saw other rows than the model."""
-    if chosen.numel() == value.shape[0]:
-        value = value[chosen.to(value.device)]
-    return value if most is None or value.shape[0] <= most else value[:: -(-value.shape[0] // most)][:most]
+    index: Tensor
+    total: int
+
+    @classmethod
+    def of(cls, predictions: Tensor) -> _Places:
+        """Return the positions that make these predictions, bool (B, S - 1); waits for the device."""
+        flat = F.pad(predictions, (0, 1)).reshape(-1)
+        return cls(flat.nonzero().flatten(), flat.numel())
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.index.numel()
+
+    def rows(self, value: Tensor, most: int | None = None) -> Tensor:
+        """Return the rows of (T, ...) at these places, at most so many; all where a layer saw others than the model."""
+        if value.shape[0] != self.total:
+            return value if most is None or value.shape[0] <= most else value[:: -(-value.shape[0] // most)][:most]
+        step = 1 if most is None else max(1, -(-self.count // most))
+        return value[self.index[::step].to(value.device)]
 
 
 def _keep_diverse(
-    live: Live, state: StreamState, seen: Mapping[str, RouterInput], real: Tensor, outcome: Outcome
+    live: Live, state: StreamState, seen: Mapping[str, RouterInput], real: _Places, outcome: Outcome
 ) -> bool:
     """Push crowded routers to the loads of the trained ones; return whether that went on in vain for too long.
 
@@ -255,7 +303,7 @@ def _keep_diverse(
         router = modules[name].router if name in modules else None
         if not isinstance(router, Router):
             continue
-        x, slow = _rows(given.x, real), _rows(given.slow, real)
+        x, slow = real.rows(given.x), real.rows(given.slow)
         top_k = min(router.active_top_k or router.top_k, slow.shape[-1])
         loads.append((top_k_load(slow, top_k), top_k_load(slow + live.fast[name](x, slow), top_k)))
         names.append(name)
@@ -275,18 +323,18 @@ def _keep_diverse(
     return False
 
 
-def _keep_near(live: Live, seen: Mapping[str, RouterInput], chosen: Tensor, cap: float, outcome: Outcome) -> None:
+def _keep_near(live: Live, seen: Mapping[str, RouterInput], chosen: _Places, cap: float, outcome: Outcome) -> None:
     """Scale the fast weights of each layer into the trust region."""
     if not seen:
         return
     modules, names, slows, moves = live.modules(), list(seen), [], []
     for name in names:
         given = seen[name]
-        x, slow = _rows(given.x, chosen, REGION_TOKENS), _rows(given.slow, chosen, REGION_TOKENS)
+        x, slow = chosen.rows(given.x, REGION_TOKENS), chosen.rows(given.slow, REGION_TOKENS)
         move = live.fast[name](x, slow)
         decision = modules[name].last_routing if name in modules else None
         if decision is not None and decision.logits.shape[-1] > slow.shape[-1]:  # zero-compute experts
-            others = _rows(decision.logits.detach()[:, slow.shape[-1] :], chosen, REGION_TOKENS)
+            others = chosen.rows(decision.logits.detach()[:, slow.shape[-1] :], REGION_TOKENS)
             slow, move = torch.cat((slow, others), -1), F.pad(move, (0, others.shape[-1]))
         slows.append(slow)
         moves.append(move)

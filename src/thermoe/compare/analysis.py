@@ -45,7 +45,8 @@ def _ratio(rows: Sequence[dict[str, Any]], top: str, bottom: str) -> float | Non
     return sum(float(row[top]) for row in rows) / total
 
 
-def _exp(nats: float) -> float:
+def perplexity(nats: float) -> float:
+    """Return the perplexity of a mean loss in nats per token."""
     return math.inf if nats > 700 else math.exp(nats)  # beyond, a float overflows; a lost model may well get there
 
 
@@ -104,7 +105,7 @@ def _summary(
     def ppl(name: str) -> dict[str, float]:
         values = [v for s in segments if name in (s, "all") for v in nll[arm, s]]
         mean, low, high = bootstrap_mean(values)
-        return {"value": _exp(mean), "lo": _exp(low), "hi": _exp(high)}
+        return {"value": perplexity(mean), "lo": perplexity(low), "hi": perplexity(high)}
 
     measured = [row["energy_measured_j"] for row in energy]
     all_measured = bool(measured) and all(value is not None for value in measured)

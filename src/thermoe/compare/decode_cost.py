@@ -66,6 +66,7 @@ def choices_of(model: nn.Module) -> Iterator[Callable[[], Choices]]:
             rows = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             kept.append(_choices(module, *rows.shape))
 
+    hook.in_graphs = True  # type: ignore[attr-defined]  # a forward that scores is never recorded
     handle = model.register_forward_hook(hook, with_kwargs=True)
 
     def take() -> Choices:

@@ -1,12 +1,30 @@
-"""When a prediction holds: the whole interval of what was found lies where it was predicted to lie."""
+"""When a prediction holds: the whole interval of what was found lies where it was predicted to lie; and its words."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from thermoe.convergence import mean_interval
 
 RELATIONS = ("below", "above", "near")
 #: How a verdict begins.
 SAID = {True: "As predicted", False: "Not as predicted", None: "Left open"}
+
+
+def bound_words(relation: str, margin: float, against: str) -> str:
+    """Return a prediction's condition in words, such as `below switch plus 0.1`."""
+    if relation == "near":
+        return f"within {margin:g} of {against}"
+    return f"{relation} {against}" + (f" plus {margin:g}" if margin else "")
+
+
+def estimate(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return mean and 95 % t interval over seeds; unknown where a seed's value is."""
+    known = [float(value) for value in values if value is not None]
+    if len(known) < len(values):
+        return {"value": None, "lo": None, "hi": None}
+    return dict(zip(("value", "lo", "hi"), mean_interval(known), strict=True))
 
 
 def holds(relation: str, margin: float, target: float, low: float, high: float) -> bool | None:

@@ -7,10 +7,8 @@ with what has no `trained` or `pass` row.
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,10 @@ from thermoe import data
 from thermoe.compare.shift_analysis import summarise_shift
 from thermoe.compare.shift_spec import ORDERS, SEGMENTS, ShiftSpec
 from thermoe.compare.shift_trial import ShiftTexts, read_saved, train_and_save
+from thermoe.compare.study_run import Rows, manifest_head, work_through
 from thermoe.energy.cost_model import CostModel
 from thermoe.progress import Reporter
 from thermoe.results import RunFolder
-from thermoe.runtime import environment_fingerprint
-
-Rows = list[dict[str, Any]]
-_worker: list[tuple[ShiftSpec, ShiftTexts, Path]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +62,10 @@ def run_shift(
     run = RunFolder.create(out, resume=resume)
     run.holds_run_of(spec.as_dict(), ignore=("workers",))
     texts, about = _texts(spec, report)  # before anything is written, so that a text too short leaves no run behind
-    arms = [spec.definitions[arm] for arm in spec.arms]
     run.write_manifest(
-        command="compare",
-        type="shift",
-        study=name,
-        created_at=run.manifest.get("created_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
-        finished=False,
-        config=spec.as_dict(),
-        environment=environment_fingerprint(),
+        **manifest_head(run, spec, kind="shift", name=name),
         orders=list(ORDERS),
-        arms=[{"name": arm.name, "title": arm.title, "description": arm.description} for arm in arms],
+        arms=spec.arm_texts(),
         cost_model=CostModel.prior().describe(),
         **about,
     )
@@ -94,7 +82,7 @@ def run_shift(
     finished = len(trained) + len(done)
     if finished:
         report.say(f"{finished} of {total} pieces of work are taken up from the run folder")
-    with report.stage(f"train {spec.seeds} models and read the stream with {len(arms)} arms", total) as progress:
+    with report.stage(f"train {spec.seeds} models and read the stream with {len(spec.arms)} arms", total) as progress:
         for task, found in _work_through(spec, texts, run.path, trained, done):
             if task.arm is None:
                 run.append("trained", seed=task.seed, **found[0])
@@ -158,19 +146,10 @@ def _texts(spec: ShiftSpec, report: Reporter) -> tuple[ShiftTexts, dict[str, Any
     return ShiftTexts(train, stream, calibration), about
 
 
-def _start_worker(spec: ShiftSpec, texts: ShiftTexts, path: Path) -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    _worker[:] = [(spec, texts, path)]
-
-
-def _work(task: Task) -> Rows:
-    spec, texts, path = _worker[0]
+def _work(task: Task, spec: ShiftSpec, texts: ShiftTexts, path: Path) -> Rows:
     folder = _folder(path, task.seed)
     if task.arm is None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before the training was on record
         return [train_and_save(spec, task.seed, texts, folder)]
     assert task.calibrated is not None
     return read_saved(spec, task.arm, task.order, texts, folder, task.calibrated)
@@ -179,7 +158,7 @@ def _work(task: Task) -> Rows:
 def _work_through(
     spec: ShiftSpec, texts: ShiftTexts, path: Path, trained: Mapping[int, Any], done: set[tuple[int, str, str]]
 ) -> Iterator[tuple[Task, Rows]]:
-    """Yield each piece of work as it ends: trainings, and behind each its readings; several at once in processes."""
+    """Yield each piece of work as it ends: trainings, and behind each its readings."""
 
     def readings(seed: int, calibrated: Mapping[str, Any]) -> list[Task]:
         left = [(arm, order) for arm, order in spec.passes() if (seed, arm, order) not in done]
@@ -187,29 +166,8 @@ def _work_through(
 
     begin = [task for seed, row in trained.items() for task in readings(seed, row)]
     begin += [Task(seed) for seed in spec.seed_range if seed not in trained]
-    if not begin:
-        return
-    follow: Callable[[Task, Rows], list[Task]] = lambda task, found: (  # noqa: E731
-        readings(task.seed, found[0]) if task.arm is None else []
-    )
-    if spec.workers == 1:
-        _start_worker(spec, texts, path)
-        while begin:
-            task = begin.pop(0)
-            found = _work(task)
-            yield task, found
-            begin = follow(task, found) + begin
-        return
-    pool = ProcessPoolExecutor(
-        spec.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker,
-        initargs=(spec, texts, path),
-    )  # fmt: skip
-    try:
-        running: dict[Future[Rows], Task] = {pool.submit(_work, task): task for task in begin}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task, found = running.pop(future), future.result()
-                running.update({pool.submit(_work, after): after for after in follow(task, found)})
-                yield task, found
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def follow(task: Task, found: Rows) -> list[Task]:
+        return readings(task.seed, found[0]) if task.arm is None else []
+
+    return work_through(begin, _work, (spec, texts, path), workers=spec.workers, follow=follow)

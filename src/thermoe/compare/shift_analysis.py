@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from thermoe.compare.analysis import RESAMPLES
-from thermoe.compare.predictions import SAID, holds
+from thermoe.compare.analysis import RESAMPLES, perplexity
+from thermoe.compare.predictions import SAID, bound_words, estimate, holds
 from thermoe.compare.shift_spec import METRICS, ORDERS, SEGMENTS, ShiftPrediction, ShiftSpec
 from thermoe.convergence import mean_interval
 from thermoe.errors import ConfigError
@@ -135,10 +135,10 @@ def _summary(passes: Passes, spec: ShiftSpec, arm: str, order: str) -> dict[str,
     known = [window for window in windows if window is not None]
     return {
         "seeds": len(by_seed),
-        "nll": {name: _estimate(values) for name, values in losses.items()},
-        "ppl": {name: _exp(_mean(values)) for name, values in losses.items()},
+        "nll": {name: estimate(values) for name, values in losses.items()},
+        "ppl": {name: perplexity(_mean(values)) for name, values in losses.items()},
         "to_frozen": {name: _named(difference(passes, arm, base, order, name)) for name in names},
-        "j_per_token_modelled": {**_estimate([total for total, _ in joules]),
+        "j_per_token_modelled": {**estimate([total for total, _ in joules]),
                                  "provenance": weakest_provenance(row["energy_provenance"] for row in rows)},
         "learning_frac": _mean([learning / total for total, learning in joules]),
         "worst_window_nats": max(known) if len(known) == len(windows) else None,
@@ -152,15 +152,6 @@ def _summary(passes: Passes, spec: ShiftSpec, arm: str, order: str) -> dict[str,
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _exp(nats: float) -> float:
-    return math.inf if nats > 700 else math.exp(nats)  # beyond, a float overflows
-
-
-def _estimate(values: list[float]) -> dict[str, float | None]:
-    mean, low, high = mean_interval(values)
-    return {"value": mean, "lo": low, "hi": high}
 
 
 def _named(interval: Interval) -> dict[str, float]:
@@ -190,12 +181,9 @@ def check_shift(passes: Passes, spec: ShiftSpec, arm: str, prediction: ShiftPred
     verdict = holds(prediction.relation, prediction.margin, target, low, high)
     against = spec.definitions[prediction.reference].title if prediction.reference is not None else f"{target:g}"
     where = "" if prediction.segment == "all" else f" on {prediction.segment}"
-    if prediction.relation == "near":
-        bound = f"within {prediction.margin:g} of {against}"
-    elif ratio:
+    bound = bound_words(prediction.relation, prediction.margin, against)
+    if ratio and prediction.relation != "near":
         bound = f"{prediction.relation} {target + prediction.margin:g} times {against}"
-    else:
-        bound = f"{prediction.relation} {against}" + (f" plus {prediction.margin:g}" if prediction.margin else "")
     kind = "ratio" if ratio else "difference" if prediction.reference is not None else ""
     spread = "worst of all seeds" if prediction.metric == "worst_window" else f"95 % {low:.4f} to {high:.4f}"
     return {

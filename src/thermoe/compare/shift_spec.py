@@ -7,14 +7,12 @@ budget holds, and what is predicted of it in words and as a condition on the row
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
-from thermoe.compare.predictions import RELATIONS
-from thermoe.config import apply_overrides, apply_tree, read_yaml, within
-from thermoe.errors import ConfigError, UnknownNameError
+from thermoe.compare.study_base import StudyBase, parse_prediction
+from thermoe.config import packaged_names, read_packaged, within
+from thermoe.errors import UnknownNameError
 from thermoe.routers.fast_weights import FAST_FAMILIES
 
 #: The stream: name of a segment, and the text it is cut from. "manual" is the text that no model was trained on.
@@ -79,7 +77,7 @@ class ShiftArm:
 
 
 @dataclass(kw_only=True, slots=True)
-class ShiftSpec:
+class ShiftSpec(StudyBase):
     """A shift study.
 
     Args:
@@ -132,10 +130,6 @@ class ShiftSpec:
     arms: list[str] = field(default_factory=list)
     definitions: dict[str, ShiftArm] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the resolved configuration for the manifest."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))  # as a manifest read back holds it
-
     def check(self) -> None:
         """Raise an error for a value out of range or an arm that is not defined."""
         least = {"seed": 0, "sequence_length": 2, "vocab_size": 257, "adapt_lr": 0.0, "all_lr": 0.0, "balance": 0.0}
@@ -148,29 +142,7 @@ class ShiftSpec:
                 within(entry.name, value, least.get(entry.name, 0.0 if entry.name == "python_frac" else 1e-12), top)
         if self.adapt_family not in FAST_FAMILIES:
             raise UnknownNameError.of("family of fast weights", self.adapt_family, FAST_FAMILIES, where="adapt_family")
-        for name in self.arms:
-            if name not in self.definitions:
-                raise UnknownNameError.of("arm", name, self.definitions, where="arms")
-        if not self.arms or len(set(self.arms)) < len(self.arms) or self.arms[0] != next(iter(self.definitions)):
-            first = next(iter(self.definitions), "frozen")
-            raise ConfigError(
-                f"the arms are {self.arms}",
-                where="arms",
-                accepted=f"{first} first, which the others are compared with, and each arm once",
-                fix="choose from " + ", ".join(self.definitions),
-            )
-        if self.top_k >= self.num_experts or self.hidden_size % self.heads:
-            raise ConfigError(
-                f"top_k {self.top_k} of {self.num_experts} experts, {self.heads} heads of width {self.hidden_size}",
-                where="top_k, heads",
-                accepted="top_k below num_experts, so that experts can be left out; heads dividing hidden_size",
-                fix="lower top_k or change heads",
-            )
-
-    @property
-    def seed_range(self) -> range:
-        """The seeds."""
-        return range(self.seed, self.seed + self.seeds)
+        self.check_arms_and_sizes(first=next(iter(self.definitions), "frozen"))
 
     def passes(self) -> list[tuple[str, str]]:
         """Return (arm, order) of every reading of the stream: what learns nothing reads every order alike."""
@@ -180,8 +152,7 @@ class ShiftSpec:
 
 def shift_names() -> list[str]:
     """Return the names of the shift studies that ship with the package."""
-    folder = files("thermoe").joinpath("compare", "shifts")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return packaged_names("compare", "shifts")
 
 
 def load_shift(name: str, overrides: list[str] | None = None) -> ShiftSpec:
@@ -191,17 +162,10 @@ def load_shift(name: str, overrides: list[str] | None = None) -> ShiftSpec:
         UnknownNameError: no such study, arm, metric, segment or order.
         ConfigError: an unknown key, or a value that does not fit.
     """
-    if name not in shift_names():
-        raise UnknownNameError.of("preset", name, shift_names(), where="--preset")
-    text = files("thermoe").joinpath("compare", "shifts", f"{name}.yaml").read_text(encoding="utf-8")
-    loaded = read_yaml(text, where=f"shift study {name}")
-    spec = ShiftSpec()
-    spec.definitions = {key: _arm(key, entry, loaded["arms"]) for key, entry in loaded["arms"].items()}
-    spec.arms = list(spec.definitions)
-    apply_tree(spec, loaded.get("settings", {}))
-    apply_overrides(spec, overrides or [], example="segment_batches=4")
-    spec.check()
-    return spec
+    loaded = read_packaged(name, "compare", "shifts", what="shift study")
+    definitions = {key: _arm(key, entry, loaded["arms"]) for key, entry in loaded["arms"].items()}
+    spec = ShiftSpec(arms=list(definitions), definitions=definitions)
+    return spec.filled(loaded.get("settings", {}), overrides, example="segment_batches=4")
 
 
 def _arm(name: str, entry: dict[str, Any], arms: dict[str, Any]) -> ShiftArm:
@@ -213,17 +177,8 @@ def _arm(name: str, entry: dict[str, Any], arms: dict[str, Any]) -> ShiftArm:
 
 
 def _prediction(arm: str, entry: dict[str, Any], arms: dict[str, Any]) -> ShiftPrediction:
-    given = dict(entry)
-    (relation,) = [key for key in RELATIONS if key in given]
-    against = given.pop(relation)
     segments = ("all", *dict(SEGMENTS))
-    for kind, value, known in (
-        ("metric", given["metric"], METRICS),
-        ("segment", given.get("segment", "all"), segments),
-        ("order", given.get("order", ORDERS[0]), ORDERS),
-    ):
-        if value not in known:
-            raise UnknownNameError.of(kind, str(value), known, where=f"arms.{arm}.predictions")
+    given, relation, against = parse_prediction(arm, entry, metric=METRICS, segment=segments, order=ORDERS)
     if isinstance(against, str):
         if against not in arms:
             raise UnknownNameError.of("arm", against, arms, where=f"arms.{arm}.predictions")

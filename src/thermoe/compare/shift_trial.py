@@ -24,11 +24,10 @@ from thermoe.adapt.test_time import RouterAdapter
 from thermoe.compare.decode_cost import Choices, DecodeCost, choices_of
 from thermoe.compare.dynamic_evaluation import DynamicEvaluation
 from thermoe.compare.shift_spec import ORDERS, SEGMENTS, ShiftArm, ShiftSpec
+from thermoe.compare.small_model import lr_at, new_model, optimizer_of, train_step
 from thermoe.energy.cost_model import CostModel
 from thermoe.evaluation import sequence_nll
-from thermoe.models.frame import build_frame
-from thermoe.moe.layer import collect_routing, routed_modules
-from thermoe.moe.losses import routing_loss
+from thermoe.moe.layer import routed_modules
 from thermoe.results import save_whole
 from thermoe.routers.swap import set_router
 
@@ -70,38 +69,19 @@ def stream_of(spec: ShiftSpec, texts: ShiftTexts, order: str) -> list[tuple[str,
 def train_model(spec: ShiftSpec, seed: int, texts: ShiftTexts) -> tuple[PreTrainedModel, float]:
     """Train the model of a seed on prose and Python; returns it with its last training loss."""
     torch.manual_seed(seed)
-    model = build_frame(
-        "moe", vocab_size=spec.vocab_size, sequence_length=spec.sequence_length, hidden_size=spec.hidden_size,
-        layers=spec.layers, heads=spec.heads, num_experts=spec.num_experts, top_k=spec.top_k,
-        expert_width=spec.expert_width, seed=seed,
-    )  # fmt: skip
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    model = new_model(spec, seed)
+    optimizer = optimizer_of(model, spec)
     generator = torch.Generator().manual_seed(seed)
     python = round(spec.python_frac * spec.batch_size)
-    loss = torch.zeros(())
+    balance = {"switch": spec.balance} if spec.balance else {}
+    loss = 0.0
     for step in range(spec.steps):
         parts = [
             texts.train[name][torch.randint(0, len(texts.train[name]), (count,), generator=generator)]
             for name, count in (("prose", spec.batch_size - python), ("python", python))
         ]
-        batch = torch.cat(parts)
-        loss = model(batch, labels=batch).loss
-        balance = routing_loss(collect_routing(model).values(), {"switch": spec.balance} if spec.balance else {})
-        optimizer.zero_grad()
-        (loss if balance is None else loss + balance).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = _lr_at(step, spec)
-        optimizer.step()
-    return model.eval(), float(loss.detach())
-
-
-def _lr_at(step: int, spec: ShiftSpec) -> float:
-    warm = max(1, spec.steps // 10)
-    if step < warm:
-        return spec.lr * (step + 1) / warm
-    return spec.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, spec.steps - warm))))
+        loss = train_step(model, optimizer, torch.cat(parts), balance, lr_at(step, spec))
+    return model.eval(), loss
 
 
 @torch.no_grad()

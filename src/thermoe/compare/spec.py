@@ -6,10 +6,9 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
-from thermoe.config import apply_overrides, apply_tree, read_yaml, within
+from thermoe.config import apply_overrides, apply_tree, packaged_names, read_packaged, within
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.evaluation import MAX_SUBSETS
 from thermoe.models.convert import METHODS
@@ -236,8 +235,7 @@ class CompareSpec:
 
 def preset_names() -> list[str]:
     """Return the names of the presets that ship with the package."""
-    folder = files("thermoe").joinpath("compare", "presets")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return packaged_names("compare", "presets")
 
 
 def load_spec(preset: str = "demo", overrides: typing.Sequence[str] = ()) -> CompareSpec:
@@ -247,11 +245,8 @@ def load_spec(preset: str = "demo", overrides: typing.Sequence[str] = ()) -> Com
         UnknownNameError: no such preset.
         ConfigError: an unknown key (with the near match), a value of the wrong type, or values that do not fit.
     """
-    if preset not in preset_names():
-        raise UnknownNameError.of("preset", preset, preset_names(), where="--preset")
-    text = files("thermoe").joinpath("compare", "presets", f"{preset}.yaml").read_text(encoding="utf-8")
     spec = CompareSpec()
-    apply_tree(spec, read_yaml(text, where=f"preset {preset}"))
+    apply_tree(spec, read_packaged(preset, "compare", "presets"))
     apply_overrides(spec, overrides, example="moe.num_experts=16")
     spec.check()
     return spec

@@ -7,27 +7,22 @@ trainings that have no `trial` row.
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from thermoe import data
-from thermoe.compare.predictions import SAID, holds
+from thermoe.compare.predictions import SAID, bound_words, estimate, holds
+from thermoe.compare.study_run import Rows, manifest_head, work_through
 from thermoe.compare.study_spec import METRICS, STARTS, Prediction, StudySpec
 from thermoe.compare.study_trial import Trial, run_trial
 from thermoe.convergence import judge_convergence, mean_interval
 from thermoe.progress import Reporter
 from thermoe.results import RunFolder
-from thermoe.runtime import environment_fingerprint
 
 Key = tuple[str, str, int]
-_worker_rows: dict[str, Tensor] = {}
 
 
 def run_study(
@@ -50,22 +45,15 @@ def run_study(
     run.holds_run_of(spec.as_dict())
     arms = [spec.definitions[arm] for arm in spec.arms]
     run.write_manifest(
-        command="compare",
-        type="study",
-        study=name,
-        created_at=run.manifest.get("created_at", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
-        finished=False,
-        config=spec.as_dict(),
-        environment=environment_fingerprint(),
+        **manifest_head(run, spec, kind="study", name=name),
         starts=list(STARTS),
-        arms=[{"name": arm.name, "title": arm.title, "description": arm.description} for arm in arms],
+        arms=spec.arm_texts(),
     )
     train, heldout = _texts(spec, run, report)
     done = {(row["arm"], row["start"], row["seed"]) for row in run.rows("trial")}
     run.drop_rows(lambda row: row["kind"] in ("summary", "verdict"))
     run.drop_rows(lambda row: row["kind"] == "point" and (row["arm"], row["start"], row["seed"]) not in done)
-    seeds = range(spec.seed, spec.seed + spec.seeds)
-    trials = [Trial(spec, arm, start, seed) for arm in arms for start in STARTS for seed in seeds]
+    trials = [Trial(spec, arm, start, seed) for arm in arms for start in STARTS for seed in spec.seed_range]
     left = [trial for trial in trials if (trial.arm.name, trial.start, trial.seed) not in done]
     if done:
         report.say(f"{len(trials) - len(left)} of {len(trials)} trainings are taken up from the run folder")
@@ -103,38 +91,9 @@ def _texts(spec: StudySpec, run: RunFolder, report: Reporter) -> tuple[Tensor, T
     return rows, heldout
 
 
-def _start_worker(train: Tensor, heldout: Tensor) -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    _worker_rows.update(train=train, heldout=heldout)
-
-
-def _work(trial: Trial) -> list[dict[str, Any]]:
-    return run_trial(trial, _worker_rows["train"], _worker_rows["heldout"])
-
-
-def _train(
-    trials: list[Trial], train: Tensor, heldout: Tensor, workers: int
-) -> Iterable[tuple[Trial, list[dict[str, Any]]]]:
-    """Yield each training as it ends; several at once in processes of one thread each."""
-    if workers == 1 or not trials:
-        torch.set_num_threads(1)
-        for trial in trials:
-            yield trial, run_trial(trial, train, heldout)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        min(workers, len(trials)), mp_context=context, initializer=_start_worker, initargs=(train, heldout)
-    )
-    try:
-        running: dict[Future[list[dict[str, Any]]], Trial] = {pool.submit(_work, trial): trial for trial in trials}
-        while running:
-            for finished in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(finished), finished.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _train(trials: list[Trial], train: Tensor, heldout: Tensor, workers: int) -> Iterator[tuple[Trial, Rows]]:
+    """Yield each training as it ends."""
+    return work_through(trials, run_trial, (train, heldout), workers=workers)
 
 
 def summarise_study(run: RunFolder, spec: StudySpec) -> None:
@@ -152,10 +111,10 @@ def summarise_study(run: RunFolder, spec: StudySpec) -> None:
                 arm=arm,
                 start=start,
                 seeds=len(own),
-                **{metric: _interval([results[key][metric] for key in own]) for metric in METRICS},
+                **{metric: estimate([results[key][metric] for key in own]) for metric in METRICS},
                 converged=sum(found.converged for found in judged),
                 convergence=[found.text for found in judged],
-                tokens_per_s=_interval([results[key]["tokens_per_s"] for key in own]),
+                tokens_per_s=estimate([results[key]["tokens_per_s"] for key in own]),
                 energy_j=None,
                 energy_reason="several trainings share the processor; joules are measured one training at a time",
             )
@@ -171,15 +130,6 @@ def _results_at(run: RunFolder, step: int) -> dict[Key, dict[str, Any]]:
     """Return the last validation of each training at or before a step."""
     rows = sorted((row for row in run.rows("point") if row["step"] <= step), key=lambda row: int(row["step"]))
     return {(row["arm"], row["start"], row["seed"]): row for row in rows}
-
-
-def _interval(values: list[float | None]) -> dict[str, float | None]:
-    """Return mean and 95 % interval; unknown where a seed's value is, such as dead experts after too few tokens."""
-    known = [float(value) for value in values if value is not None]
-    if len(known) < len(values):
-        return {"value": None, "lo": None, "hi": None}
-    mean, low, high = mean_interval(known)
-    return {"value": mean, "lo": low, "hi": high}
 
 
 def check_prediction(
@@ -230,9 +180,7 @@ def check_prediction(
     shown = f"{mean:+.3f}" if prediction.reference else f"{mean:.2f}"
     spread = f"95 % {ends[0]:.3f} to {ends[1]:.3f}" if low is not None else "no interval"
     words = "difference in " if prediction.reference else ""
-    bound = f"within {prediction.margin:g} of {compared}" if prediction.relation == "near" else ""
-    more = f" plus {prediction.margin:g}" if prediction.margin and not bound else ""
-    bound = bound or f"{prediction.relation} {compared}{more}"
+    bound = bound_words(prediction.relation, prediction.margin, compared)
     when = "" if prediction.step is None else f"at step {prediction.step}, "
     return {
         "holds": found,

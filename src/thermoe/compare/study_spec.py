@@ -7,16 +7,14 @@ and what is predicted of it in words and as a condition on the rows.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
-from thermoe.compare.predictions import RELATIONS
 from thermoe.compare.shift_spec import shift_names
 from thermoe.compare.spec import preset_names
-from thermoe.config import apply_overrides, apply_tree, read_yaml
-from thermoe.errors import ConfigError, UnknownNameError
+from thermoe.compare.study_base import StudyBase, parse_prediction
+from thermoe.config import packaged_names, read_packaged
+from thermoe.errors import ConfigError
 from thermoe.routers.base import ROUTERS
 
 STARTS = ("balanced", "collapsed")
@@ -70,7 +68,7 @@ class StudyArm:
 
 
 @dataclass(kw_only=True, slots=True)
-class StudySpec:
+class StudySpec(StudyBase):
     """A study.
 
     Args:
@@ -107,10 +105,6 @@ class StudySpec:
     arms: list[str] = field(default_factory=list)
     definitions: dict[str, StudyArm] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the resolved configuration for the manifest."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))  # as a manifest read back holds it
-
     def check(self) -> None:
         """Raise an error for a value out of range or an arm that is not defined."""
         for entry in dataclasses.fields(self):
@@ -123,29 +117,12 @@ class StudySpec:
                     accepted=f"a finite number of at least {low}",
                     fix=f"raise {entry.name}",
                 )
-        for name in self.arms:
-            if name not in self.definitions:
-                raise UnknownNameError.of("arm", name, self.definitions, where="arms")
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            raise ConfigError(
-                f"the arms are {self.arms}",
-                where="arms",
-                accepted="at least one arm, each once",
-                fix="choose from " + ", ".join(self.definitions),
-            )
-        if self.top_k >= self.num_experts or self.hidden_size % self.heads:
-            raise ConfigError(
-                f"top_k {self.top_k} of {self.num_experts} experts, {self.heads} heads of width {self.hidden_size}",
-                where="top_k, heads",
-                accepted="top_k below num_experts, so that experts can be left out; heads dividing hidden_size",
-                fix="lower top_k or change heads",
-            )
+        self.check_arms_and_sizes()
 
 
 def study_names() -> list[str]:
     """Return the names of the studies that ship with the package."""
-    folder = files("thermoe").joinpath("compare", "studies")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return packaged_names("compare", "studies")
 
 
 def preset_kinds() -> list[str]:
@@ -162,17 +139,10 @@ def load_study(name: str, overrides: list[str] | None = None) -> StudySpec:
         UnknownNameError: no such study, arm, metric or start.
         ConfigError: an unknown key, or a value that does not fit.
     """
-    if name not in study_names():
-        raise UnknownNameError.of("preset", name, study_names(), where="--preset")
-    text = files("thermoe").joinpath("compare", "studies", f"{name}.yaml").read_text(encoding="utf-8")
-    loaded = read_yaml(text, where=f"study {name}")
-    spec = StudySpec()
-    spec.definitions = {key: _arm(key, entry) for key, entry in loaded["arms"].items()}
-    spec.arms = list(spec.definitions)
-    apply_tree(spec, loaded.get("settings", {}))
-    apply_overrides(spec, overrides or [], example="steps=100")
-    spec.check()
-    return spec
+    loaded = read_packaged(name, "compare", "studies", what="study")
+    definitions = {key: _arm(key, entry) for key, entry in loaded["arms"].items()}
+    spec = StudySpec(arms=list(definitions), definitions=definitions)
+    return spec.filled(loaded.get("settings", {}), overrides, example="steps=100")
 
 
 def _arm(name: str, entry: dict[str, Any]) -> StudyArm:
@@ -183,12 +153,7 @@ def _arm(name: str, entry: dict[str, Any]) -> StudyArm:
 
 
 def _prediction(arm: str, entry: dict[str, Any]) -> Prediction:
-    given = dict(entry)
-    (relation,) = [key for key in RELATIONS if key in given]
-    against = given.pop(relation)
-    for kind, value, known in (("metric", given["metric"], METRICS), ("start", given["start"], STARTS)):
-        if value not in known:
-            raise UnknownNameError.of(kind, value, known, where=f"arms.{arm}.predictions")
+    given, relation, against = parse_prediction(arm, entry, metric=METRICS, start=STARTS)
     if isinstance(against, dict):
         reference = (against.get("arm", arm), against.get("start", given["start"]))
         return Prediction(relation=relation, reference=reference, **given)

@@ -1,4 +1,4 @@
-"""One training of a study: a small model, one cure, one start, one seed; a plain loop, so that little can go wrong.
+"""One training of a study: a small model, one cure, one start, one seed.
 
 The balanced start is the fresh model. In the collapsed start the norm before each MoE layer gets a constant component
 along a unit vector u, all router rows are made orthogonal to u, and the rows of the first k experts then get a
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thermoe.compare.small_model import lr_at, new_model, optimizer_of, train_step
 from thermoe.compare.study_spec import StudyArm, StudySpec
-from thermoe.models.frame import build_frame
 from thermoe.moe.layer import collect_routing, moe_layers
-from thermoe.moe.losses import routing_loss
 from thermoe.moe.stats import StatsAccumulator, routing_stats
 
 #: Size of the constant component of the norm's output, in standard deviations of one coordinate.
@@ -59,14 +58,6 @@ def set_start(model: nn.Module, start: str, offset_nats: float, seed: int) -> No
         router.weight[: router.top_k] += offset_nats / _SHIFT * direction
 
 
-def lr_at(step: int, spec: StudySpec) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine down to a tenth."""
-    warm = max(1, spec.steps // 10)
-    if step < warm:
-        return spec.lr * (step + 1) / warm
-    return spec.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, spec.steps - warm))))
-
-
 def run_trial(trial: Trial, train: Tensor, heldout: Tensor) -> list[dict[str, Any]]:
     """Train and return a row per validation; the last one is the result.
 
@@ -77,22 +68,9 @@ def run_trial(trial: Trial, train: Tensor, heldout: Tensor) -> list[dict[str, An
     """
     spec, arm = trial.spec, trial.arm
     torch.manual_seed(trial.seed)
-    model = build_frame(
-        "moe",
-        vocab_size=spec.vocab_size,
-        sequence_length=spec.sequence_length,
-        hidden_size=spec.hidden_size,
-        layers=spec.layers,
-        heads=spec.heads,
-        num_experts=spec.num_experts,
-        top_k=spec.top_k,
-        expert_width=spec.expert_width,
-        router=arm.router,
-        router_options=arm.options,
-        seed=trial.seed,
-    )
+    model = new_model(spec, trial.seed, router=arm.router, router_options=arm.options)
     set_start(model, trial.start, spec.offset_nats, trial.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = optimizer_of(model, spec)
     generator = torch.Generator().manual_seed(trial.seed)
     rows = [{"step": 0, "tokens": 0, **evaluate(model, heldout, spec.batch_size), "train_loss": None}]
     rows[0]["effective_experts_training"] = None
@@ -100,7 +78,7 @@ def run_trial(trial: Trial, train: Tensor, heldout: Tensor) -> list[dict[str, An
     for step in range(1, spec.steps + 1):
         begun = time.perf_counter()
         batch = train[torch.randint(0, train.shape[0], (spec.batch_size,), generator=generator)]
-        loss = _train_step(model, optimizer, batch, arm.balance, lr_at(step - 1, spec))
+        loss = train_step(model, optimizer, batch, arm.balance, lr_at(step - 1, spec))
         spent_s += time.perf_counter() - begun
         if step % spec.eval_every == 0 or step == spec.steps:
             in_training = [routing_stats(decision) for decision in collect_routing(model).values()]
@@ -112,27 +90,6 @@ def run_trial(trial: Trial, train: Tensor, heldout: Tensor) -> list[dict[str, An
             if not math.isfinite(loss):
                 break
     return rows
-
-
-def _train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, balance: dict[str, float], lr: float
-) -> float:
-    """Take one step and return the language-model loss."""
-    model.train()
-    loss = model(batch, labels=batch).loss
-    decisions = collect_routing(model)
-    auxiliary = routing_loss(decisions.values(), balance)
-    optimizer.zero_grad()
-    (loss if auxiliary is None else loss + auxiliary).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    routers: list[Any] = [layer.router for _, layer in moe_layers(model)]
-    for router, decision in zip(routers, decisions.values(), strict=True):
-        router.observe(decision.detach())
-        router.after_step()
-    return float(loss.detach())
 
 
 @torch.no_grad()

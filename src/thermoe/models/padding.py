@@ -26,6 +26,8 @@ class Told(Protocol):
 
 
 class _NotePadding:
+    in_graphs = True  # what it notes is the same in every forward that a CUDA graph repeats
+
     def __init__(self, entry: nn.Module, told: Iterable[Told]) -> None:
         self._names = list(inspect.signature(type(entry).forward).parameters)[1:]
         self._told: list[Any] = list(told)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from thermoe.errors import ConfigError, near_match
 from thermoe.moe.offload import check_readable
 
+Number = TypeVar("Number", int, float)
 #: The most matrices that `grouped_mm` takes.
 MAX_BLOCKS = 1023
 
@@ -276,7 +277,7 @@ class Experts(nn.Module):
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, {width}, {kind} {self.activation}"
 
 
-def one_of_all(values: Sequence[int], name: str, by_expert: str) -> int:
+def one_of_all(values: Sequence[Number], name: str, by_expert: str) -> Number:
     """Return the number that all experts share.
 
     Raises:

@@ -59,20 +59,32 @@ def _png(figure: Figure, stamp: str, theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
+def render_figure(name: str, draw: Draw, data: RunData, stamp: str = "") -> list[RenderedFigure]:
+    """Draw a figure in both schemes; an empty list when the run has no data for it.
+
+    Args:
+        name: of the file.
+        draw: what to draw.
+        data: the run.
+        stamp: words at the top.
+    """
+    images: list[bytes] = []
+    for theme in (LIGHT, DARK):
+        with matplotlib.rc_context(theme.rc()):
+            figure = draw(data, theme)
+            if figure is None:
+                return []
+            images.append(_png(figure, stamp, theme))
+            width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
+    return [RenderedFigure(name, images[0], images[1], width, height)]
+
+
 def render_figures(data: RunData) -> list[RenderedFigure]:
     """Draw every figure the run has data for, in both schemes."""
     rendered = []
     words = " and ".join(data.artificial_sources)
     for name, draw, carries_readings in FIGURES:
-        stamp = f"{words} energy readings" if words and carries_readings else ""
-        images = []
-        for theme in (LIGHT, DARK):
-            with matplotlib.rc_context(theme.rc()):
-                figure = draw(data, theme)
-                images.append(_png(figure, stamp, theme) if figure is not None else b"")
-        if figure is not None:
-            width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
-            rendered.append(RenderedFigure(name, images[0], images[1], width, height))
+        rendered += render_figure(name, draw, data, f"{words} energy readings" if words and carries_readings else "")
     return rendered
 
 

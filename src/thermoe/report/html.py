@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from thermoe.report.figures import RenderedFigure, render_figures
 from thermoe.report.findings import may_conclude, may_not_conclude, sources_of
+from thermoe.report.page import render_page
 from thermoe.report.run_data import RunData, entry, number, section
 from thermoe.report.shift import render_shift, render_shift_html
 from thermoe.report.study import render_study, render_study_html
@@ -22,7 +18,6 @@ from thermoe.report.wording import (
     Cell,
     count,
     difference,
-    duration,
     energy_cell,
     plain,
     provenance_badge,
@@ -50,25 +45,17 @@ def build_report(run_path: str | Path) -> Path:
     path = data.path / "report.html"
     partial = path.with_name(path.name + ".partial")
     renders = {"study": render_study_html, "shift": render_shift_html, "training": render_training_html}
-    render = renders.get(str(kind))
-    page = render(data, figures, _shared(data, figures)) if render is not None else render_html(data, figures)
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(renders.get(str(kind), render_html)(data, figures), encoding="utf-8")
     partial.replace(path)
     return path
 
 
 def render_html(data: RunData, figures: list[RenderedFigure]) -> str:
     """Return the report as HTML; every value goes through the template's escaping."""
-    environment = Environment(
-        loader=PackageLoader("thermoe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        run=data.path.resolve().name,
-        finished=data.finished,
+    return render_page(
+        "report.html.j2",
+        data,
+        figures,
         artificial=" and ".join(data.artificial_sources),
         facts=_facts(data),
         arms=_arms_table(data),
@@ -86,27 +73,7 @@ def render_html(data: RunData, figures: list[RenderedFigure]) -> str:
         cost_terms=_cost_terms(data),
         conclusions=may_conclude(data),
         limits=may_not_conclude(data),
-        **_shared(data, figures),
     )
-
-
-def _shared(data: RunData, figures: list[RenderedFigure]) -> dict[str, Any]:
-    """Return what every kind of report states."""
-    return {
-        "verdicts": _verdicts(data),
-        "figures": {figure.name: _embedded(figure) for figure in figures},
-        "environment": _flat(section(data.manifest, "environment")),
-        "config": _flat(section(data.manifest, "config")),
-        "durations": _durations(data),
-        "command": _command(data),
-    }
-
-
-def _embedded(figure: RenderedFigure) -> dict[str, Any]:
-    def uri(image: bytes) -> str:
-        return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
-
-    return {"light": uri(figure.light), "dark": uri(figure.dark), "width": figure.width, "height": figure.height}
 
 
 def _known(state: Any, value: Any) -> str:
@@ -162,16 +129,6 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     if manifest.get("created_at"):
         facts.append(("Started", str(manifest["created_at"])))
     return facts
-
-
-def _verdicts(data: RunData) -> list[dict[str, str]]:
-    words: dict[Any, tuple[str, str]] = {True: ("holds", "holds"), False: ("fails", "does not hold")}
-    verdicts = []
-    for row in data.of("verdict"):
-        if row.get("text"):
-            kind, label = words.get(row.get("holds"), ("open", "for information"))
-            verdicts.append({"text": str(row["text"]), "kind": kind, "label": label})
-    return verdicts
 
 
 def _arms_table(data: RunData) -> list[dict[str, Any]]:
@@ -271,40 +228,3 @@ def _cost_terms(data: RunData) -> list[tuple[str, str]]:
         (str(name).replace("_", " "), f"{plain(entry(term, 'value'))} {entry(term, 'unit') or ''}".strip())
         for name, term in section(data.manifest, "cost_model", "terms").items()
     ]
-
-
-def _flat(source: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """List nested entries as (dotted key, text); a setting that is not set is left out."""
-    found: list[tuple[str, str]] = []
-    for key, value in source.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found.extend(_flat(value, f"{name}."))
-        elif value is None or value in ("", [], "nan"):
-            continue
-        elif isinstance(value, (list, tuple)):
-            listed = (
-                json.dumps(item) if isinstance(item, (Mapping, list)) else str(item)
-                for item in value
-                if item is not None
-            )
-            found.append((name, ", ".join(listed)))
-        elif isinstance(value, bool):
-            found.append((name, "yes" if value else "no"))
-        else:
-            found.append((name, str(value)))
-    return found
-
-
-def _durations(data: RunData) -> list[tuple[str, str]]:
-    return [
-        (str(stage).replace("_", " "), duration(seconds))
-        for stage, seconds in section(data.manifest, "durations_s").items()
-    ]
-
-
-def _command(data: RunData) -> str:
-    found = data.manifest.get("command") or entry(data.manifest, "environment", "command")
-    if isinstance(found, (list, tuple)):
-        return shlex.join(str(part) for part in found)
-    return str(found or "")

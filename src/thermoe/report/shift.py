@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from thermoe.report.figures import RenderedFigure
+from thermoe.report.figures import RenderedFigure, render_figure
+from thermoe.report.page import render_page
 from thermoe.report.run_data import Row, RunData, entry, listing, number
-from thermoe.report.style import DARK, DOTS_PER_INCH, LIGHT, WIDTH_IN, Theme, arm_style
+from thermoe.report.style import WIDTH_IN, Theme, arm_style
 from thermoe.report.wording import MINUS, NOT_MEASURED, count, percent, plain
 
 #: Batches on either side that a line over the stream is averaged with.
@@ -138,23 +135,7 @@ def summary_of(data: RunData, arm: str, order: str) -> Row | None:
 
 def render_shift(data: RunData) -> list[RenderedFigure]:
     """Draw the pictures for light and dark pages."""
-    rendered = []
-    for name, draw in (("stream", draw_shift_stream), ("front", draw_shift_front)):
-        images: list[bytes] = []
-        figure = None
-        for theme in (LIGHT, DARK):
-            with matplotlib.rc_context(theme.rc()):
-                figure = draw(data, theme)
-                if figure is None:
-                    break
-                buffer = io.BytesIO()
-                FigureCanvasAgg(figure)
-                figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-                images.append(buffer.getvalue())
-        if figure is not None:
-            width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
-            rendered.append(RenderedFigure(name, images[0], images[1], width, height))
-    return rendered
+    return render_figure("stream", draw_shift_stream, data) + render_figure("front", draw_shift_front, data)
 
 
 def shift_rows(data: RunData) -> list[dict[str, Any]]:
@@ -200,34 +181,19 @@ def _percent_of_perplexity(nats: Any) -> str:
     return NOT_MEASURED if found is None else f"{_signed(100 * math.expm1(min(found, 700.0)), 2)} %"
 
 
-def render_shift_html(data: RunData, figures: list[RenderedFigure], parts: dict[str, Any]) -> str:
-    """Return the report of a shift study as HTML.
-
-    Args:
-        data: the study.
-        figures: as drawn.
-        parts: what reports of all kinds share: verdicts, embedded figures, environment, configuration, command.
-    """
-    environment = Environment(
-        loader=PackageLoader("thermoe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    said = [row.get("holds") for row in data.of("verdict")]
-    return environment.get_template("shift.html.j2").render(
-        run=data.path.resolve().name,
-        finished=data.finished,
+def render_shift_html(data: RunData, figures: list[RenderedFigure]) -> str:
+    """Return the report of a shift study as HTML."""
+    return render_page(
+        "shift.html.j2",
+        data,
+        figures,
         arms=data.arms,
         segments=segments_of(data),
         table=shift_rows(data),
-        counts=(said.count(True), said.count(False), said.count(None)),
         seeds=count(entry(data.manifest, "config", "seeds")),
         provenance=data.modelled_label() or NOT_MEASURED,
         reference=str(entry(data.manifest, "cost_model", "reference") or NOT_MEASURED),
         sources=[(str(name), str(entry(item, "source"))) for name, item in (data.manifest.get("data") or {}).items()],
-        **parts,
     )
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from thermoe.report.figures import RenderedFigure
+from thermoe.report.figures import RenderedFigure, render_figure
 from thermoe.report.learning import ArmCurves, draw_bands
+from thermoe.report.page import render_page
 from thermoe.report.run_data import RunData, entry, number
-from thermoe.report.style import DARK, DOTS_PER_INCH, LIGHT, WIDTH_IN, Theme
+from thermoe.report.style import WIDTH_IN, Theme
 from thermoe.report.wording import NOT_MEASURED, count, plain
 
 COLUMNS = {
@@ -139,20 +136,7 @@ def _summary(data: RunData, arm: str, start: str) -> Any:
 
 def render_study(data: RunData) -> list[RenderedFigure]:
     """Draw the picture for light and dark pages."""
-    images: list[bytes] = []
-    figure = None
-    for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(theme.rc()):
-            figure = draw_collapse(data, theme)
-            if figure is None:
-                return []
-            buffer = io.BytesIO()
-            FigureCanvasAgg(figure)
-            figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-            images.append(buffer.getvalue())
-    assert figure is not None
-    width, height = (round(inches * DOTS_PER_INCH) for inches in figure.get_size_inches())
-    return [RenderedFigure("collapse", images[0], images[1], width, height)]
+    return render_figure("collapse", draw_collapse, data)
 
 
 def study_rows(data: RunData) -> list[dict[str, Any]]:
@@ -176,31 +160,16 @@ def _stated(estimate: Any, digits: int) -> str:
     return f"{value:,.{digits}f}" + (f" ± {high - value:,.{digits}f}" if high is not None else "")
 
 
-def render_study_html(data: RunData, figures: list[RenderedFigure], parts: dict[str, Any]) -> str:
-    """Return the report of a study as HTML.
-
-    Args:
-        data: the study.
-        figures: as drawn.
-        parts: what reports of all kinds share: verdicts, embedded figures, environment, configuration, command.
-    """
-    environment = Environment(
-        loader=PackageLoader("thermoe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    said = [row.get("holds") for row in data.of("verdict")]
-    return environment.get_template("study.html.j2").render(
-        run=data.path.resolve().name,
-        finished=data.finished,
+def render_study_html(data: RunData, figures: list[RenderedFigure]) -> str:
+    """Return the report of a study as HTML."""
+    return render_page(
+        "study.html.j2",
+        data,
+        figures,
         arms=data.arms,
         columns=[(name, title, note) for name, (title, note, _) in COLUMNS.items()],
         table=study_rows(data),
-        counts=(said.count(True), said.count(False), said.count(None)),
         seeds=count(entry(data.manifest, "config", "seeds")),
-        **parts,
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
 from thermoe.report.figures import RenderedFigure
+from thermoe.report.page import render_page
 from thermoe.report.run_data import RunData, entry, number
 from thermoe.report.wording import NOT_MEASURED, count
 
@@ -55,26 +53,13 @@ def training_table(data: RunData) -> Table:
     return table
 
 
-def render_training_html(data: RunData, figures: list[RenderedFigure], parts: dict[str, Any]) -> str:
-    """Return the report of a training as HTML.
-
-    Args:
-        data: the training.
-        figures: as drawn.
-        parts: what reports of all kinds share: embedded figures, environment, configuration, command.
-    """
-    environment = Environment(
-        loader=PackageLoader("thermoe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("training.html.j2").render(
-        run=data.path.resolve().name,
-        finished=data.finished,
+def render_training_html(data: RunData, figures: list[RenderedFigure]) -> str:
+    """Return the report of a training as HTML."""
+    return render_page(
+        "training.html.j2",
+        data,
+        figures,
         ends=training_rows(data),
         alarms=alarms_of(data),
         names=[figure.name for figure in figures],
-        **parts,
     )

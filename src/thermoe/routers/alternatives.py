@@ -69,7 +69,7 @@ class HashRouter(Router):
         self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized", seed: int = 0
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
-        check_option("seed", seed, 0, 2**31 - 1, usual=0)
+        check_option("seed", seed, 0, 2**31 - 1, usual=0, whole=True)
         self.seed = seed
 
     @classmethod
@@ -120,7 +120,7 @@ class RoundRobinRouter(Router):
         self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized", offset: int = 0
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
-        check_option("offset", offset, 0, num_experts - 1, usual=0)
+        check_option("offset", offset, 0, num_experts - 1, usual=0, whole=True)
         self.offset = offset
 
     def options(self) -> dict[str, Any]:

@@ -142,9 +142,9 @@ class ThresholdRouter(Router):
         ema: float = 0.99,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
-        check_option("k_min", k_min, 0, top_k, usual=1)
+        check_option("k_min", k_min, 0, top_k, usual=1, whole=True)
         if max_experts is not None:
-            check_option("max_experts", max_experts, top_k, num_experts, usual=min(2 * top_k, num_experts))
+            check_option("max_experts", max_experts, top_k, num_experts, usual=min(2 * top_k, num_experts), whole=True)
         check_option("ema", ema, 0, 1, usual=0.99)
         self.k_min, self.max_experts, self.ema = k_min, max_experts, ema
         self.register_buffer("cutoff", torch.zeros(num_experts, dtype=torch.float32))
@@ -250,7 +250,7 @@ class SinkhornRouter(Router):
         self, hidden_size: int, num_experts: int, top_k: int, *, gate: Gate = "renormalized", iterations: int = 10
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
-        check_option("iterations", iterations, 1, 1000, usual=10)
+        check_option("iterations", iterations, 1, 1000, usual=10, whole=True)
         self.iterations = iterations
 
     def options(self) -> dict[str, Any]:

@@ -253,13 +253,14 @@ def choose(allowed: Tensor, ranking: Tensor, slots: int) -> Tensor:
     return torch.where(allowed.gather(-1, index), index, allowed.shape[-1])
 
 
-def check_option(name: str, value: float, low: float, high: float, *, usual: float | None) -> None:
-    """Raise a ConfigError when a number is not in low..high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+def check_option(name: str, value: float, low: float, high: float, *, usual: float | None, whole: bool = False) -> None:
+    """Raise a ConfigError when a number is not in low..high, or with ``whole`` no integer."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         raise ConfigError(
             f"{name} is {value!r}",
             where=name,
-            accepted=f"a number from {low} to {high}",
+            accepted=f"{'an integer' if whole else 'a number'} from {low} to {high}",
             fix=f"leave {name} out" + ("" if usual is None else f" for {usual}"),
         )
 

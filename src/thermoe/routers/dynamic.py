@@ -72,7 +72,7 @@ class TopPRouter(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
         check_option("theta", theta, 0, 1, usual=0.4)
-        check_option("k_min", k_min, 1, top_k, usual=1)
+        check_option("k_min", k_min, 1, top_k, usual=1, whole=True)
         if target_k is not None:
             check_option("target_k", target_k, k_min, top_k, usual=None)
         check_option("kp", kp, 0, 1, usual=0.05)
@@ -202,7 +202,7 @@ class OpenedExpertsRouter(GroupedRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
         if k0 is not None:
-            check_option("k0", k0, 1, top_k, usual=-(-top_k // 2))
+            check_option("k0", k0, 1, top_k, usual=-(-top_k // 2), whole=True)
         self.k0 = k0
 
     def options(self) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class MassKeepRouter(GroupedRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
         if keep is not None:
-            check_option("keep", keep, 1, num_experts, usual=max(top_k, num_experts // 2))
+            check_option("keep", keep, 1, num_experts, usual=max(top_k, num_experts // 2), whole=True)
         self.keep = keep
 
     def options(self) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class NullRouter(Router):
         num_identity: int = 0,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, gate=gate)
-        check_option("num_zero", num_zero, 0, MOST, usual=1)
-        check_option("num_identity", num_identity, 0, MOST, usual=0)
+        check_option("num_zero", num_zero, 0, MOST, usual=1, whole=True)
+        check_option("num_identity", num_identity, 0, MOST, usual=0, whole=True)
         if not num_zero + num_identity:
             raise ConfigError(
                 "num_zero and num_identity are both 0",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thermoe.results import Provenance
+from thermoe.telemetry.compiler import KernelReport
 from thermoe.telemetry.fixes import Surroundings
 from thermoe.telemetry.probe import BoardFacts
 
@@ -121,6 +122,7 @@ class Diagnosis:
         importable: optional packages that Python would find.
         machine: what the machine is.
         cuda_visible_devices: the variable's text, and what was odd in it.
+        kernels: whether GPU kernels can be built.
         profiles: cost profiles found in the user's cache folder.
         rejected: readings the range gate turned away, by metric.
         notes: what concerns no single device.
@@ -134,6 +136,7 @@ class Diagnosis:
     importable: Mapping[str, bool]
     machine: Surroundings
     cuda_visible_devices: Mapping[str, Any]
+    kernels: KernelReport
     profiles: tuple[Mapping[str, Any], ...] = ()
     rejected: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from typing import Any
 from thermoe.results import weakest_provenance
 from thermoe.telemetry.arguments import is_off
 from thermoe.telemetry.clock import SYSTEM_CLOCK, Clock
+from thermoe.telemetry.compiler import look_at_kernels
 from thermoe.telemetry.devices import normalise_uuid, visible_devices
 from thermoe.telemetry.diagnosis import DeviceReport, Diagnosis, EnergyVerdict, MetricReport
 from thermoe.telemetry.fixes import Surroundings, fix_for, look_around
@@ -102,6 +103,7 @@ def diagnose(
             "devices": [device.uuid for device in visible.devices],
             "notes": list(visible.notes),
         },
+        kernels=look_at_kernels(bool(visible.devices or torch_devices), environment),
         profiles=tuple(find_profiles(profiles, environment=environment, now_s=clock.wall_s())),
         rejected=dict(reader.rejected),
         notes=tuple(_general_notes(told, environment)),

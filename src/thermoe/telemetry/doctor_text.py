@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from thermoe.telemetry.compiler import KernelReport
 from thermoe.telemetry.diagnosis import DeviceReport, Diagnosis, MetricReport
 from thermoe.telemetry.probe import CallCost
 
@@ -173,6 +174,14 @@ def _call(cost: CallCost) -> str:
     return cost.reason or "fails" if cost.cost_s is None else plain_cost(cost.cost_s)
 
 
+def _kernel_line(kernels: KernelReport) -> str:
+    if kernels.usable:
+        return f"Triton builds them with {kernels.compiler}"
+    if kernels.usable is None:
+        return f"not used here: {kernels.reason}"
+    return f"cannot be built: {kernels.reason}. Fix: {kernels.fix}"
+
+
 def _surroundings(found: Diagnosis) -> list[str]:
     versions = "  ".join(f"{name} {version}" for name, version in found.versions.items() if version is not None)
     absent = [name for name, there in found.importable.items() if not there]
@@ -185,6 +194,7 @@ def _surroundings(found: Diagnosis) -> list[str]:
     lines.append(
         f"machine   {found.machine.system} {found.machine.machine}" + (f" ({', '.join(kind)})" if kind else "")
     )
+    lines.append(f"kernels   {_escape(_kernel_line(found.kernels))}")
     visible = found.cuda_visible_devices
     chosen = "not set" if visible["value"] is None else repr(visible["value"])
     lines.append(f"CUDA_VISIBLE_DEVICES  {_escape(chosen)}: {len(visible['devices'])} boards visible")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from thermoe.config import apply_overrides, apply_tree, read_yaml, read_yaml_file, within
+from thermoe.config import apply_overrides, apply_tree, packaged_names, read_packaged, read_yaml_file, within
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.models.convert import METHODS
 from thermoe.routers import swap  # noqa: F401  (fills the registry)
@@ -249,8 +248,7 @@ class TrainSpec:
 
 def preset_names() -> list[str]:
     """Return the names of the presets of `thermoe train`."""
-    folder = files("thermoe").joinpath("training", "presets")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return packaged_names("training", "presets")
 
 
 def load_spec(preset: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()) -> TrainSpec:
@@ -268,15 +266,8 @@ def load_spec(preset: str | None = None, config: Path | None = None, overrides: 
             fix="leave one out; single settings change with --set",
         )
     spec = TrainSpec()
-    if config is not None:
-        tree = read_yaml_file(config)
-    else:
-        name = preset or "cpu-small"
-        if name not in preset_names():
-            raise UnknownNameError.of("preset", name, preset_names(), where="--preset")
-        text = files("thermoe").joinpath("training", "presets", f"{name}.yaml").read_text(encoding="utf-8")
-        tree = read_yaml(text, where=f"preset {name}")
-    apply_tree(spec, tree)
+    named = preset or "cpu-small"
+    apply_tree(spec, read_yaml_file(config) if config is not None else read_packaged(named, "training", "presets"))
     apply_overrides(spec, overrides, example="training.lr=1e-3")
     spec.check()
     return spec

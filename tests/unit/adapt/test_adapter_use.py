@@ -253,6 +253,9 @@ def test_generated_text_has_no_weight() -> None:
         ("weights", torch.full((2, 20), float("inf"))),
         ("weights", 1.0),
         ("weights", torch.ones(2, 20, dtype=torch.bool)),
+        ("weights", torch.ones(2, 20, dtype=torch.complex64)),
+        ("weights", torch.full((2, 20), 1e38)),
+        ("weights", torch.full((2, 20), 1e300, dtype=torch.float64)),
     ],
 )
 def test_masks_and_weights_that_do_not_fit(name: str, value: Any) -> None:
@@ -261,6 +264,30 @@ def test_masks_and_weights_that_do_not_fit(name: str, value: Any) -> None:
             adapter.score_and_learn(random_tokens(2, 20), **{name: value})
         assert error.value.where == name and error.value.accepted and error.value.fix
         assert adapter.metrics["batches"] == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 97, 10**12])
+def test_ids_outside_the_vocabulary_are_refused_before_a_kernel_meets_them(wrong: int) -> None:
+    model, rows = trained_model(), [batch.clone() for batch in batches("prose", 2)]
+    rows[1][3, 4] = wrong
+    with _adapter(model) as adapter:
+        adapter.score_and_learn(rows[0])
+        before = adapter.state_dict()
+        with pytest.raises(ConfigError, match="vocabulary") as error:
+            adapter.score_and_learn(rows[1])
+        assert error.value.where == "input_ids" and error.value.fix
+        after = adapter.state_dict()
+    one, two = (state["streams"]["default"] for state in (before, after))
+    assert one["reads"] == two["reads"] and len(one["texts"]) == len(two["texts"])
+    assert one["texts"][0]["batches"] == two["texts"][0]["batches"] == 1
+
+
+def test_ids_of_32_bits_are_ids() -> None:
+    rows, scores = batches("prose", 2), []
+    for dtype in (torch.int64, torch.int32):
+        with _adapter(trained_model()) as adapter:
+            scores.append([adapter.score_and_learn(batch.to(dtype)).sequence_nll for batch in rows])
+    assert all(torch.equal(a, b) for a, b in zip(*scores, strict=True))
 
 
 def test_percentiles_leave_out_what_is_easy_and_what_is_hard() -> None:

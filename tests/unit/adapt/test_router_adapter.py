@@ -266,6 +266,14 @@ def test_a_price_that_leaves_no_expert_leaves_nothing_to_learn() -> None:
         ({"by_text": None}, "adapt.by_text"),
         ({"optimizer": "sgd"}, "adapt.optimizer"),
         ({"safeguards": True}, "adapt.safeguards"),
+        ({"lr": 10**400}, "adapt.lr"),
+        ({"max_grad_norm": 10**400}, "adapt.max_grad_norm"),
+        ({"objective": None}, "adapt.objective"),
+        ({"objective": ["next_token"]}, "adapt.objective"),
+        ({"layers": {}}, "adapt.layers"),
+        ({"layers": [[0]]}, "adapt.layers"),
+        ({"cost_model": "prior"}, "adapt.cost_model"),
+        ({"cost_model": 0}, "adapt.cost_model"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any], where: str) -> None:

@@ -235,7 +235,7 @@ def test_t14_what_is_plainly_another_text_does_not_reach_what_was_learned() -> N
 def test_steps_are_shorter_after_one_that_went_too_far(sign: int, factor: float) -> None:
     """The gradient of a batch that the last one helped points against its move; turned round it was too far."""
     model, batch = trained_model(), batches("code", 1)[0]
-    with RouterAdapter(model, bucket=None, lr=0.02, safeguards=OFF) as adapter:
+    with RouterAdapter(model, bucket=None, lr=0.02, steps=4, safeguards=OFF) as adapter:
         adapter._learner.live.optimizer.lr = lr = 0.01
         adapter.score_and_learn(batch)
         state = adapter._learner.state
@@ -247,7 +247,8 @@ def test_steps_are_shorter_after_one_that_went_too_far(sign: int, factor: float)
 
 def test_a_pull_that_outweighs_the_steps_does_not_shorten_them() -> None:
     model, batch = trained_model(), batches("code", 1)[0]
-    with RouterAdapter(model, bucket=None, lr=1e-3, safeguards=Safeguards(anchor=0.5, judge=False)) as adapter:
+    guards = Safeguards(anchor=0.5, judge=False)
+    with RouterAdapter(model, bucket=None, lr=1e-3, steps=4, safeguards=guards) as adapter:
         for _ in range(12):
             assert adapter.score_and_learn(batch).learned
         assert adapter.lr == 1e-3
@@ -276,7 +277,9 @@ def test_s3_three_rejections_in_a_row_rest_and_keep_what_was_accepted(monkeypatc
         learner = adapter._learner
         learner.state.base = None  # an update that waits for its verdict would be undone with the others
         before = [p.detach().clone() for p in adapter.parameters()]
-        monkeypatch.setattr(learner, "_verdict", lambda known: Judged("rejected", "for the test", None, None, None))
+        monkeypatch.setattr(
+            learner, "_verdict", lambda known, judges: Judged("rejected", "for the test", None, None, None)
+        )
         steps = [adapter.score_and_learn(batch) for batch in batches("code", 9)[6:]]
         monkeypatch.undo()
         assert [step.verdict for step in steps] == ["rejected"] * 3
@@ -289,10 +292,10 @@ def test_s3_three_rejections_in_a_row_rest_and_keep_what_was_accepted(monkeypatc
 
 
 def _rows_of(adapter: RouterAdapter, rows: Tensor) -> Any:
-    from thermoe.adapt.reading import Batch
+    from thermoe.adapt.reading import Batch, HeldRows
 
     batch = Batch.of(rows, None, None)
-    return adapter._learner._held_rows(batch, batch.real, evidence=True)
+    return HeldRows.of(adapter._learner.state.batches, batch, batch.real, evidence=True)
 
 
 def test_s3_what_is_held_back_is_not_learned_from() -> None:
@@ -334,6 +337,15 @@ def test_s3_held_text_keeps_the_latest_and_enough() -> None:
     assert [rows.batch for rows in text.rows] == [6, 7, 8] and text.tokens == 120
     assert [rows.batch for rows in text.since(7)] == [8]
     assert [rows.batch for rows in text.before(7, 41)] == [6, 7]
+
+
+def test_s3_held_text_follows_a_model_that_is_moved() -> None:
+    with _adapter(tiny_moe(), OFF) as adapter:
+        text = HeldText(100)
+        text.add(_rows_of(adapter, random_tokens(2, 21)))
+    text.move_to(torch.device("meta"))
+    (rows,) = text.rows
+    assert rows.input_ids.is_meta and rows.counted.is_meta and rows.mask is None and rows.tokens == text.tokens == 40
 
 
 def test_s3_an_update_that_costs_more_is_not_accepted() -> None:
@@ -394,7 +406,7 @@ def test_s5_the_ratio_is_that_of_effective_experts() -> None:
 def test_s5_crowded_routers_are_pushed_back_then_reset() -> None:
     model = trained_model()
     guards = Safeguards(judge=False, kl_cap=None, shadow=False, anchor=1.0)
-    with _adapter(model, guards, lr=1e-4, family="bias") as adapter:
+    with _adapter(model, guards, lr=1e-4, steps=4, family="bias") as adapter:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter[:2] = 50.0  # two experts take every token
@@ -403,7 +415,7 @@ def test_s5_crowded_routers_are_pushed_back_then_reset() -> None:
         assert [step.verdict for step in steps] == ["accepted"] * 5 + ["reset"]
         assert "fewer than" in (steps[-1].reason or "")
         assert all((p == 0).all() for p in adapter.parameters())
-    with _adapter(model, guards, lr=1e-4, family="bias") as adapter:
+    with _adapter(model, guards, lr=1e-4, steps=4, family="bias") as adapter:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter[:2] = 50.0
@@ -544,6 +556,9 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
         {"judge": 1},
         {"judge_tokens": 0},
         {"judge_tokens": 2.5},
+        {"judge_tokens": "x"},
+        {"judge_tokens": None},
+        {"kl_cap": 10**400},
         {"judge_tokens_most": 10},
         {"shadow": None},
         {"shadow_every": 0},

@@ -21,6 +21,8 @@ from thermoe.errors import CheckpointError, ConfigError, RoutingError, Telemetry
 from thermoe.moe.layer import routed_modules
 from thermoe.routers.priced import PricedRouter
 from thermoe.telemetry.clock import VirtualClock
+from thermoe.telemetry.plant import Board
+from thermoe.telemetry.simulated import SimulatedSource
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
 
 IDS = random_tokens(3, 12)
@@ -304,6 +306,31 @@ def test_bad_budgets_are_refused_with_the_range(budget: Any, meter: EnergyMeter)
             session.set_budget(budget)
         assert session.budget is None
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        (
+            "0 W",
+            "on this machine and model less than the 700 W of the board's limit, "
+            "with {power_w:.0f} W drawn now (simulated)",
+        ),
+        ({"temp_c": math.nan}, "on this machine and model more than at rest, with {temp_c:.0f} C now (simulated)"),
+        ("20 mW/token", "of several together, less than the 700 W"),
+    ],
+)
+def test_a_refusal_names_the_watts_and_degrees_of_the_board(budget: Any, says: str) -> None:
+    clock = VirtualClock()
+    source = SimulatedSource(clock=clock, board=Board(limit_w=700.0))
+    with EnergyMeter(source, clock=clock) as meter:
+        with pytest.raises(ConfigError) as caught:
+            AdaptiveSession(build("topk"), budget, meter=meter, cost_model=COST)
+        assert says.format(**meter.snapshot()) in str(caught.value.accepted)
+        assert meter.snapshot()["power_limit_w"] == 700.0, "the meter of the user stays open"
+    with pytest.raises(ConfigError) as caught:
+        AdaptiveSession(build("topk"), budget, meter=EnergyMeter("off"), cost_model=COST)
+    assert "700 W" not in str(caught.value) and "C now" not in str(caught.value)
 
 
 def test_the_range_of_one_sequence_is_what_it_costs(meter: EnergyMeter) -> None:

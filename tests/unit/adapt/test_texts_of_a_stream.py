@@ -310,11 +310,11 @@ def test_the_text_that_is_read_is_saved_with_the_model(tmp_path: Path) -> None:
         with torch.no_grad():
             with_a = model(_text("B", 9)).logits
         adapter.save_pretrained(tmp_path / "of_a")
-    assert not torch.equal(with_a, with_b)
+    assert float((with_a - with_b).abs().max()) > 1e-3
     for name, expected in (("of_a", with_a), ("of_b", with_b)):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        with torch.no_grad():
-            assert torch.equal(again(_text("B", 9)).logits, expected)
+        with torch.no_grad():  # where tensors lie in memory decides on the last bit of their products
+            torch.testing.assert_close(again(_text("B", 9)).logits, expected, rtol=1e-5, atol=1e-6)
     with _adapter(again) as more:
         assert torch.equal(_frozen(again, _text("B", 9)), _turned_to(more, "B", 9)), "and goes on from there"
 

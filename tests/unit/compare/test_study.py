@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from thermoe.compare import study
+from thermoe.compare.small_model import lr_at
 from thermoe.compare.study import check_prediction, run_study
 from thermoe.compare.study_spec import (
     METRICS,
@@ -20,7 +21,7 @@ from thermoe.compare.study_spec import (
     preset_kinds,
     study_names,
 )
-from thermoe.compare.study_trial import Trial, evaluate, lr_at, run_trial, set_start
+from thermoe.compare.study_trial import Trial, evaluate, run_trial, set_start
 from thermoe.errors import ConfigError, RunFolderError, UnknownNameError
 from thermoe.models.frame import build_frame
 from thermoe.results import RunFolder

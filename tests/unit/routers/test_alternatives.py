@@ -126,3 +126,6 @@ def test_a_seed_and_an_offset_outside_their_range_are_refused() -> None:
         HashRouter(D, E, K, seed=-1)
     with pytest.raises(ConfigError, match="offset is 8"):
         RoundRobinRouter(D, E, K, offset=8)
+    with pytest.raises(ConfigError, match=r"offset is 0\.5") as error:
+        RoundRobinRouter(D, E, K, offset=0.5)  # type: ignore[arg-type]
+    assert "an integer from 0 to 7" in str(error.value.accepted)

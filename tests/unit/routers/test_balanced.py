@@ -302,6 +302,9 @@ def test_expert_choice_scores_but_does_not_generate() -> None:
         (ThresholdRouter, "max_experts", 1),
         (ThresholdRouter, "ema", 1.5),
         (SinkhornRouter, "iterations", 0),
+        (SinkhornRouter, "iterations", 2.5),
+        (ThresholdRouter, "k_min", 0.5),
+        (ThresholdRouter, "max_experts", 2.5),
     ],
 )
 def test_options_outside_their_range_are_refused(make: Any, option: str, value: Any) -> None:

@@ -149,7 +149,10 @@ def test_mass_keep_keeps_the_experts_of_most_mass() -> None:
         (TopPRouter, "ki", "much"),
         (OpenedExpertsRouter, "k0", 0),
         (OpenedExpertsRouter, "k0", 5),
+        (OpenedExpertsRouter, "k0", 1.5),
         (MassKeepRouter, "keep", 9),
+        (MassKeepRouter, "keep", 4.0),
+        (TopPRouter, "k_min", 1.5),
     ],
 )
 def test_options_outside_their_range_are_refused(make: Any, option: str, value: Any) -> None:

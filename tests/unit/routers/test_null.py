@@ -176,6 +176,7 @@ def test_without_zero_compute_experts_it_is_another_router() -> None:
     for options, match in (
         ({"num_zero": 0}, "both 0"),
         ({"num_zero": -1}, "num_zero is"),
+        ({"num_zero": 1.5}, "num_zero is"),
         ({"num_identity": -1}, "num_ide"),
     ):
         with pytest.raises(ConfigError, match=match) as error:

@@ -127,6 +127,27 @@ def test_cost_falls_with_the_price_token_by_token() -> None:
     assert totals[0] > 3 * totals[-1], "the prices cover the whole range"
 
 
+@pytest.mark.parametrize("benefit", ["gate", "distortion"])
+def test_cost_of_a_whole_model_falls_with_the_price(benefit: Any) -> None:
+    """T3: a layer's choice changes what the layers after it see, so that the sum may rise, but by no more than 1 %."""
+    pair = [*COSTS, 1.0, 0.7]
+    model = tiny_moe(num_experts=8, top_k=5, router="priced", k_min=1, pair_cost=pair, benefit=benefit)
+    layers = [layer.mlp.router for layer in model.transformer.h]
+    costs, ids, totals = torch.tensor([*pair, 0.0]), random_tokens(8, 16), []
+    with torch.no_grad():
+        for router in layers:
+            router.weight.normal_(std=0.5)
+        for price in torch.logspace(-3, 1, 30).tolist():
+            for router in layers:
+                router.set_price(price)
+            model(ids)
+            chosen = [layer.mlp.last_routing.expert_index for layer in model.transformer.h]
+            totals.append(sum(float(costs[index].sum()) for index in chosen))
+    assert totals[0] > 2 * totals[-1], "the prices cover a range"
+    for i, total in enumerate(totals):
+        assert total <= 1.01 * min(totals[: i + 1])
+
+
 @pytest.mark.parametrize("price", [1e-3, 0.1, 1.0, 1e2, 1e5])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_equal_costs_with_fixed_k_are_without_effect_at_any_price(top_k: int, price: float) -> None:

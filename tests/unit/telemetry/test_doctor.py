@@ -300,7 +300,7 @@ def test_the_json_keeps_its_schema(machine: Path, clock: VirtualClock, nvml: Fak
     assert (body["schema"], body["schema_version"]) == ("thermoe.doctor", 1)
     assert list(body) == [
         "schema", "schema_version", "energy", "devices", "hidden_devices", "versions", "importable", "machine",
-        "cuda_visible_devices", "profiles", "rejected", "notes", "took_s",
+        "cuda_visible_devices", "kernels", "profiles", "rejected", "notes", "took_s",
     ]  # fmt: skip
     assert set(body["energy"]) == {"provenance", "scope", "method", "reason", "fix"}
     assert set(body["devices"][0]) == {
