@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,14 +108,13 @@ class Learner:
 
     def read(self, batch: Batch) -> AdaptStep:
         """Score a batch, then learn from it where that is due and paid for."""
-        if self.settings.by_text:
-            self.streams.turn_to(profile(batch.input_ids, batch.mask))
+        undo = self.streams.turn_to(profile(batch.input_ids, batch.mask)) if self.settings.by_text else None
         live, state, ledger = self.live, self.state, self.live.account.ledger
         live.forwards.begin()
         state.batches += 1
         state.held.move_to(batch.input_ids.device)
         self._start_j = ledger.energy_j
-        step = self._read(batch)
+        step = self._read(batch, undo)
         learning_j = ledger.energy_j - self._start_j
         state.waiting_j += learning_j
         state.skipped += step.verdict == "skipped"
@@ -127,17 +126,23 @@ class Learner:
             text=self.streams.present.at,
         )
 
-    def _read(self, batch: Batch) -> AdaptStep:
+    def _read(self, batch: Batch, undo: Callable[[], None] | None) -> AdaptStep:
         live, state, bucket = self.live, self.state, self.live.account.bucket
         held = hold_back(batch, self.settings.held_frac, self._seed("held"))
         weights, counted = batch.weights.masked_fill(held, 0), held & (batch.weights > 0)
         planned = plan(live, state, batch, weights, counted, self.settings.steps, self._seed("parts"))
         learns = planned.why_not is None
-        with (
-            torch.set_grad_enabled(learns and live.objective.needs_graph and planned.parts is None),
-            record_inputs(live.fast if learns else {}, standardise=not state.standardised) as seen,
-        ):
-            nll, vocabulary = token_nll(live.model, batch.input_ids, batch.mask)
+        try:
+            with (
+                torch.set_grad_enabled(learns and live.objective.needs_graph and planned.parts is None),
+                record_inputs(live.fast if learns else {}, standardise=not state.standardised) as seen,
+            ):
+                nll, vocabulary = token_nll(live.model, batch.input_ids, batch.mask)
+        except BaseException:  # a sequence too long, say, or no memory: the batch was never read
+            state.batches -= 1
+            if undo is not None:
+                undo()
+            raise
         state.standardised = state.standardised or learns
         scored = self._scored(batch, nll, counted, weights, seen)
         if bucket.earns_scoring:

@@ -40,15 +40,31 @@ class Streams:
         """The present stream."""
         return self.by_name[self.name]
 
-    def turn_to(self, counts: Tensor) -> None:
-        """Take up the text that a batch with this profile belongs to; a new one begins with the trained routers."""
+    def turn_to(self, counts: Tensor) -> Callable[[], None]:
+        """Take up the text that a batch with this profile belongs to; a new one begins with the trained routers.
+
+        Returns:
+            What undoes that, for a batch that cannot be read; to be called before anything is learned.
+        """
         stream = self.present
+        texts, at, reads, gone = list(stream.texts), stream.at, stream.reads, stream.gone.copy()
         place = stream.place_of(counts)
         if place != stream.at:
             self._park()
             stream.at = stream.make_room(self._new_state(), self._most) if place is None else place
             self._take_up()
+        state, profile, last_read = stream.state, stream.state.profile, stream.state.last_read
         stream.note(counts)
+
+        def undo() -> None:
+            state.profile, state.last_read = profile, last_read
+            if stream.at != at or stream.texts != texts:
+                self._park()
+                stream.texts, stream.at = texts, at
+                self._take_up()
+            stream.reads, stream.gone = reads, gone
+
+        return undo
 
     def go_to(self, name: str) -> None:
         """Park the present stream and take up another."""

@@ -319,6 +319,37 @@ def test_the_text_that_is_read_is_saved_with_the_model(tmp_path: Path) -> None:
         assert torch.equal(_frozen(again, _text("B", 9)), _turned_to(more, "B", 9)), "and goes on from there"
 
 
+# -- batches that cannot be read ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_text", [True, False])
+@pytest.mark.parametrize("name", ["A", "B", "C"], ids=["the same text", "another that is known", "a new one"])
+def test_a_batch_that_cannot_be_scored_was_never_read(
+    name: str, by_text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "most_texts", lambda *_: 2)  # so that a new text pushes out one that is known
+    ends, score = [], learner.token_nll
+
+    def breaks(*given: Any) -> Any:
+        score(*given)
+        raise torch.OutOfMemoryError("no memory")
+
+    for fails in (False, True):
+        model = _model()
+        with _adapter(model, by_text=by_text) as adapter:
+            _read(adapter, "ABAA")
+            if fails:
+                before = adapter.state_dict()
+                with monkeypatch.context() as patch:
+                    patch.setattr(learner, "token_nll", breaks)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        adapter.score_and_learn(_text(name, 70))
+                assert _same(adapter.state_dict(), before)
+            steps = [adapter.score_and_learn(_text(text, 80 + at)) for at, text in enumerate("ABC")]
+            ends.append([*(step.sequence_nll for step in steps), *(step.text for step in steps), _fast(adapter)])
+    assert _same(*ends)
+
+
 # -- more texts than are kept ------------------------------------------------------------------------------------------
 
 
