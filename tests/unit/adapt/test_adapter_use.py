@@ -30,7 +30,7 @@ SHIFT = [*batches("prose", 5), *batches("code", 16)]
 
 
 def _adapter(model: nn.Module, **settings: Any) -> RouterAdapter:
-    return RouterAdapter(model, **{"bucket": None, "lr": 1e-2, **settings})
+    return RouterAdapter(model, **{"bucket": None, "lr": 1e-2, "steps": 4, **settings})
 
 
 @torch.no_grad()
