@@ -107,6 +107,8 @@ def text_report(metrics: Mapping[str, Any], counts: Mapping[LearningKind, int], 
     cap = "no cap" if m["bucket_frac"] is None else f"cap {100 * m['bucket_frac']:g} %"
     label = m["provenance_modelled"] or "nothing spent"
     lines.append(f"learning: {m['learning_j_modelled']:.4g} J modelled ({label}): {spent}{share}; {cap}")
+    held = f"{m['graphs']} forwards of learning are recorded"
+    lines.append(f"CUDA graphs: {held if m['graphs_reason'] is None else 'none, for ' + m['graphs_reason']}")
     if m["reason"] is not None:
         lines.append(f"last batch: {m['verdict']}: {m['reason']}")
     return "\n".join(lines)

@@ -140,6 +140,8 @@ def update(
     for part in parts:
         proposal = part.proposal
         if proposal.reason is not None:
+            if "not finite" in proposal.reason:
+                return Outcome(reason=proposal.reason, broken=True)
             nothing = proposal.reason  # unless another part moves
             continue
         if proposal.gradients is None:

@@ -634,3 +634,4 @@ def test_metrics_and_report_tell_what_happened() -> None:
         assert sum(adapter.ledger.verdicts.values()) == 8
         report = adapter.report()
         assert "8 batches" in report and "estimated" in report and "no cap" in report
+        assert "CUDA graphs: none, for the model is on cpu" in report, "what is slower than it might be says so"

@@ -14,6 +14,7 @@ from reading_model import batches, trained_model
 from torch import Tensor, nn
 
 from thermoe.adapt.judging import Judged, held_nll
+from thermoe.adapt.objectives import Proposal
 from thermoe.adapt.reading import HeldText, hold_back, record_inputs
 from thermoe.adapt.safeguards import (
     COOL_DOWN,
@@ -444,6 +445,35 @@ def test_s7_a_gradient_that_is_not_finite_resets(monkeypatch: pytest.MonkeyPatch
         step = adapter.score_and_learn(random_tokens(2, 12))
         assert step.verdict == "reset" and "gradient is not finite" in (step.reason or "")
         assert all((p == 0).all() for p in adapter.parameters()) and adapter.resets == 1
+
+
+def test_s7_a_later_part_that_is_not_finite_resets_what_the_earlier_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_moe(gate="renormalized")
+    with _adapter(model, OFF) as adapter:
+        assert adapter.score_and_learn(random_tokens(8, 12)).learned
+        learn, asked = adapter._learner.live.objective.learn, []
+
+        def broken(batch: Any) -> Any:
+            found = learn(batch)
+            asked.append(None)
+            if len(asked) == 3:
+                found.gradients[0][0] = float("nan")
+            return found
+
+        monkeypatch.setattr(adapter._learner.live.objective, "learn", broken)
+        step = adapter.score_and_learn(random_tokens(8, 12))
+        assert len(asked) == 3 and step.verdict == "reset" and "gradient is not finite" in (step.reason or "")
+        assert all((p == 0).all() for p in adapter.parameters()) and adapter.resets == 1
+
+
+def test_s7_an_objective_that_finds_something_not_finite_resets(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_moe(gate="renormalized")
+    with _adapter(model, OFF) as adapter:
+        assert adapter.score_and_learn(random_tokens(8, 12)).learned
+        found = Proposal(None, 1.0, "the outputs of the experts are not finite")
+        monkeypatch.setattr(adapter._learner.live.objective, "learn", lambda batch: found)
+        step = adapter.score_and_learn(random_tokens(8, 12))
+        assert step.verdict == "reset" and all((p == 0).all() for p in adapter.parameters())
 
 
 # -- S9 isolation ------------------------------------------------------------------------------------------------------
