@@ -33,7 +33,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed  ## run what touches transformers on the oldest version supported
-	$(OLDEST)/bin/python -m pytest -m 'not tuned' tests/contract tests/unit/models tests/unit/adapt tests/unit/training tests/unit/test_energy_callback.py
+	$(OLDEST)/bin/python -m pytest -m 'not tuned' tests/contract tests/unit/models tests/unit/adapt tests/unit/training tests/unit/test_energy_callback.py tests/unit/test_sensitivity.py
 
 lint: $(STAMP)   ## check style and format
 	$(BIN)/ruff check src tests benchmarks examples

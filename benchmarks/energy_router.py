@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from thermoe import CostModel, set_router
-from thermoe.adapt.sensitivity import measure_sensitivity
 from thermoe.energy.work import LayerWork, ModelWork
 from thermoe.energy.workload import EventClock
 from thermoe.evaluation import sequence_nll
@@ -42,6 +41,7 @@ from thermoe.moe.layer import MoELayer, collect_routing, routed_modules
 from thermoe.results import RunFolder
 from thermoe.routers.topk import TopKRouter
 from thermoe.runtime import environment_fingerprint
+from thermoe.sensitivity import measure_sensitivity
 from thermoe.telemetry import EnergyMeter
 
 DECODE_PRICES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)

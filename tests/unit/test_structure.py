@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convergence": {"errors"},
     "data": _BASE,
     "evaluation": _BASE | {"moe", "routers", "models", "energy", "data"},
+    "sensitivity": _BASE | {"moe", "routers", "evaluation"},
     "training": _BASE
-    | {"config", "progress", "moe", "routers", "models", "data", "evaluation", "convergence"}
+    | {"config", "progress", "moe", "routers", "models", "data", "evaluation", "sensitivity", "convergence"}
     | {"telemetry", "energy", "energy_callback"},
     "distributed": _BASE | {"moe", "routers", "models", "telemetry"},
     "energy_callback": _BASE | {"telemetry"},
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapt": _BASE | {"moe", "routers", "energy", "telemetry", "models", "evaluation", "progress"},
     "compare": _BASE
     | {"moe", "routers", "energy", "telemetry", "models", "data", "evaluation", "training", "distributed", "adapt"}
-    | {"energy_callback", "config", "progress", "convergence"},
+    | {"sensitivity", "energy_callback", "config", "progress", "convergence"},
     "report": {"results", "errors", "convergence"},
     "testing": _BASE | {"moe", "routers", "models", "telemetry", "energy", "data"},
     "__main__": {"cli"},

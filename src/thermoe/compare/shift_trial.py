@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thermoe.adapt.safeguards import Safeguards
-from thermoe.adapt.sensitivity import measure_sensitivity
 from thermoe.adapt.test_time import RouterAdapter
 from thermoe.compare.decode_cost import Choices, DecodeCost, choices_of
 from thermoe.compare.dynamic_evaluation import DynamicEvaluation
@@ -30,6 +29,7 @@ from thermoe.evaluation import sequence_nll
 from thermoe.moe.layer import routed_modules
 from thermoe.results import save_whole
 from thermoe.routers.swap import set_router
+from thermoe.sensitivity import measure_sensitivity
 
 #: Halvings of the search for a price, and where it looks, in multiples of the mean sensitivity.
 BISECTIONS, LOWEST, HIGHEST = 12, 1e-4, 1e2

@@ -7,7 +7,7 @@ away from that of the token's own top-k. With w and w' the renormalised weights 
     D_t = sum_e s_e (w_te - w'_te)^2,
 
 to second order what the move costs in loss where the deviations of different experts are independent, with
-s_e = E[<dNLL/dy, E_e(x) - y>^2] / 2 the measured sensitivity (`thermoe.adapt.sensitivity`) in nats. A token that loses
+s_e = E[<dNLL/dy, E_e(x) - y>^2] / 2 the measured sensitivity (`thermoe.sensitivity`) in nats. A token that loses
 its favourite counts far more than two that lose their last choice, layers and experts count by what they do to the
 loss, and a token that has lost much already is spared.
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from thermoe import attach_router, set_router
-from thermoe.adapt import sensitivity
-from thermoe.adapt.sensitivity import measure_sensitivity
+from thermoe import attach_router, sensitivity, set_router
 from thermoe.errors import ConfigError, RoutingError
 from thermoe.evaluation import sequence_nll
 from thermoe.moe.layer import moe_layers
+from thermoe.sensitivity import measure_sensitivity
 from thermoe.testing import random_tokens, tiny_gpt2, tiny_moe
 
 
