@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich import box
 from rich.table import Table
 
@@ -34,8 +37,19 @@ def training_rows(data: RunData) -> list[tuple[str, str]]:
                 label += f", not all of it: {summary.get('energy_reason')}"
             text += f" ({label})" if label else ""
         rows.append((title, text))
+    rows += _under_price(summary)
     rows.append(("Convergence", str(entry(summary, "convergence", "text") or "not judged: no validation")))
     return rows
+
+
+def _under_price(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the model costs in perplexity as it will be served, where it was trained under a price."""
+    ppl, opened, every = (
+        number(summary.get(name)) for name in ("ppl_under_price", "distinct_under_price", "distinct_experts")
+    )
+    if ppl is None or opened is None or every is None:
+        return []
+    return [("Perplexity under the price", f"{ppl:,.2f} with {opened:.2f} of {every:.2f} distinct experts")]
 
 
 def alarms_of(data: RunData) -> list[str]:

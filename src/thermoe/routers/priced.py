@@ -26,6 +26,7 @@ Shape letters: T tokens, E experts, K slots, G groups, N tokens of a group.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -60,7 +61,7 @@ class PricedRouter(TopKRouter):
         price: benefit per unit of relative cost; 0 is the baseline.
         prefill_price: the price where opening costs do not act; ``None`` is the same.
         benefit: "gate" or "distortion", what an expert is worth.
-        sensitivity: s_e of "distortion", from `thermoe.adapt.sensitivity`; ``None`` is 1 for each expert.
+        sensitivity: s_e of "distortion", from `thermoe.sensitivity`; ``None`` is 1 for each expert.
         kappa: nats of loss per unit of benefit in this layer; lets one price serve layers that matter unequally.
         drop: the drop pass: "all", "phase2" or "none".
         favourite_weight: of "distortion" with "all": what a token loses by the closing of one of its own k_min best
@@ -73,6 +74,8 @@ class PricedRouter(TopKRouter):
         price, prefill_price, pair_cost, open_cost, kappa, sensitivity: float32 buffers, updated in place (`set_price`,
             `set_costs`, `set_sensitivity`), so that a captured graph sees the new value.
         couples_tokens: whether any opening cost is above 0, known on the host.
+        group_rows: when set, a batch of a multiple of so many sequences is routed as so many batches, with
+            `group_by_position`: rows r*n to r*n + n - 1 bring one sequence to each of n batches.
 
     Raises:
         RoutingError: k_min is no integer in 0..top_k, or a cost, a sensitivity, kappa or a price is no number, negative
@@ -142,6 +145,7 @@ class PricedRouter(TopKRouter):
         self.benefit: Benefit = benefit
         self.batch_invariant = batch_invariant
         self.group_by_position = group_by_position
+        self.group_rows: int | None = None
         for name in ("price", "prefill_price", "kappa"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32))
         for name in ("pair_cost", "open_cost", "sensitivity"):
@@ -228,6 +232,7 @@ class PricedRouter(TopKRouter):
 
     def select(self, logits: Tensor, probabilities: Tensor, context: RoutingContext) -> Tensor:
         """Return each token's priced selection; at price 0 the baseline's own."""
+        context = self._in_groups(context)
         grouped = self.group_by_position or context.is_decode
         price = self.price if grouped else self.prefill_price
         coupled = self.couples_tokens and grouped and not self.batch_invariant
@@ -239,6 +244,14 @@ class PricedRouter(TopKRouter):
             choose = self._by_distortion if self.benefit == "distortion" else self._by_gate
             index = choose(logits, probabilities, baseline, price, coupling, min(self.k_min, k_max), k_max)
         return self._limit(index, probabilities, context)
+
+    def _in_groups(self, context: RoutingContext) -> RoutingContext:
+        """Return the layout in which a batch of several served batches is one of the served size, and longer."""
+        rows = self.group_rows
+        if rows is None or not self.group_by_position or context.batch_size % rows:
+            return context
+        parts = context.batch_size // rows
+        return replace(context, batch_size=rows, sequence_length=parts * context.sequence_length)
 
     def _in_one_kernel(
         self, logits: Tensor, probabilities: Tensor, price: Tensor, coupling: RoutingContext | None

@@ -15,11 +15,15 @@ from thermoe.convergence import judge_convergence
 from thermoe.results import PROVENANCE_ORDER
 from thermoe.training.settings import TrainSettings
 from thermoe.training.trainer import MoETrainer, routers_of
+from thermoe.training.under_price import UnderPrice
 
 #: Receives (kind of row, step, fields).
 Write = Callable[[str, int, dict[str, Any]], None]
 #: Names in the logs that a training row holds under the same name.
-_ROUTING = ("max_vio", "effective_experts", "effective_experts_min", "dead_experts", "experts_per_token", "drop_rate")
+_ROUTING = (
+    "max_vio", "effective_experts", "effective_experts_min", "dead_experts", "experts_per_token", "drop_rate",
+    "price_nats", "distinct_under_price",
+)  # fmt: skip
 #: Names of `EnergyCallback`, and those in a row.
 _ENERGY = {
     "energy/energy_j": "energy_j",
@@ -64,6 +68,30 @@ class Schedule(TrainerCallback):
         if self.settings.ramp_frac > 0:
             for router in self.routers:
                 router.ramp.fill_(1.0)
+
+
+class PricedSteps(TrainerCallback):
+    """Puts the price on before each step and takes it off after it, so that no validation and no checkpoint has it."""
+
+    def __init__(self, under_price: UnderPrice) -> None:
+        self.under_price = under_price
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the price on."""
+        self.under_price.before_step(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the price off."""
+        self.under_price.after_step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Add the price and the distinct experts it left to the logs of a log step."""
+        if "loss" in logs:
+            logs.update(self.under_price.figures())
 
 
 class RouterSteps(TrainerCallback):

@@ -22,11 +22,12 @@ from transformers import TrainerCallback, TrainingArguments
 from thermoe.energy_callback import EnergyCallback
 from thermoe.errors import ConfigError, DataError, MachineError, TrainingDivergedError
 from thermoe.moe.layer import routed_modules
-from thermoe.training.callbacks import RouterSteps, Schedule, Watch, Write
+from thermoe.training.callbacks import PricedSteps, RouterSteps, Schedule, Watch, Write
 from thermoe.training.distill import Distiller
 from thermoe.training.language_loss import fused_loss
 from thermoe.training.settings import SCHEDULES, TrainSettings
 from thermoe.training.trainer import MoETrainer, OwnLoss, TokenRows, Validation, routers_of, validate
+from thermoe.training.under_price import UnderPrice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,8 @@ class Outcome:
         tokens: tokens learned from in all.
         session_tokens: those since the start or the last resume.
         session_s: seconds of the same, validations included.
-        validation: `ppl` and `bits_per_byte` at the end; empty without held-out text.
+        validation: `ppl` and `bits_per_byte` at the end, and what `UnderPrice.held_out` says; empty without held-out
+            text.
     """
 
     steps: int
@@ -130,7 +132,7 @@ def train_language_model(
         keep_checkpoint: leave the last checkpoint for the caller to remove.
 
     Raises:
-        ConfigError: a setting is outside its range.
+        ConfigError: a setting is outside its range, or does not go with the model.
         DataError: there are fewer rows than one batch.
         MachineError: bfloat16 was asked for and the device has none.
         TrainingDivergedError: a loss, gradient or weight was not finite; the message names the last good checkpoint.
@@ -154,36 +156,43 @@ def train_language_model(
         # The reentrant kind runs the forward without autograd, and the routing losses would not reach the routers.
         _checkpointing(model, "enable")({"use_reentrant": False})
     watch = Watch(model, settings, write, on_step)
-    trainer = MoETrainer(
-        model=model,
-        args=_arguments(settings, checkpoint_dir, device, report_to, eval_on_start=fresh and validation is not None),
-        train_dataset=TokenRows(rows),
-        balance=settings.balance,
-        distiller=distiller,
-        own_losses=own_losses,
-        validation=validation,
-        callbacks=[*([] if energy is None else [energy]), Schedule(model, settings), RouterSteps(model), watch],
-    )
-    trainer.remove_callback(_printer_callback())
-    watch.trainer = trainer
-    model.train()
-    started = time.monotonic()
-    try:
-        if last is not None and checkpoint_step(last) >= settings.steps:  # the Trainer would take one step more
-            trainer.take_up(last)
-        else:
-            with fused_loss(model):
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    finally:
-        for _, layer in routed_modules(model):
-            layer.last_routing = None  # let go of the last step's autograd history
-        for router in routers_of(model).values():
-            router.active_top_k = None
-        if settings.bf16:
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        if settings.gradient_checkpointing:
-            _checkpointing(model, "disable")()
-        model.eval()
+    with UnderPrice(model, settings.price, rows, settings.steps, settings.seed) as under_price:
+        steps = [Schedule(model, settings), RouterSteps(model), PricedSteps(under_price)]
+        trainer = MoETrainer(
+            model=model,
+            args=_arguments(
+                settings, checkpoint_dir, device, report_to, eval_on_start=fresh and validation is not None
+            ),
+            train_dataset=TokenRows(rows),
+            balance=settings.balance,
+            distiller=distiller,
+            own_losses=own_losses,
+            validation=validation,
+            callbacks=[*([] if energy is None else [energy]), *steps, watch],
+        )
+        trainer.remove_callback(_printer_callback())
+        watch.trainer = trainer
+        model.train()
+        started = time.monotonic()
+        try:
+            if last is not None and checkpoint_step(last) >= settings.steps:  # the Trainer would take one step more
+                trainer.take_up(last)
+            else:
+                with fused_loss(model):
+                    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            priced: dict[str, float] = {}
+            if validation is not None and watch.diverged_at is None:
+                priced = under_price.held_out(lambda: validate(model, validation)["ppl"])
+        finally:
+            for _, layer in routed_modules(model):
+                layer.last_routing = None  # let go of the last step's autograd history
+            for router in routers_of(model).values():
+                router.active_top_k = None
+            if settings.bf16:
+                trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            if settings.gradient_checkpointing:
+                _checkpointing(model, "disable")()
+            model.eval()
     if watch.diverged_at is not None:
         kept = last_checkpoint(checkpoint_dir)
         raise TrainingDivergedError(
@@ -201,7 +210,7 @@ def train_language_model(
         tokens=tokens,
         session_tokens=tokens - int(getattr(trainer, "_initial_num_input_tokens_seen", 0)),
         session_s=time.monotonic() - started,
-        validation=watch.last_validation or _validated(model, validation),
+        validation={**(watch.last_validation or _validated(model, validation)), **priced},
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from thermoe.config import within
 from thermoe.errors import ConfigError, UnknownNameError
 from thermoe.moe.losses import DEFAULT_BALANCE, check_loss_terms
+from thermoe.training.under_price import PriceSettings
 
 #: NumPy takes seeds of 32 bits.
 MAX_SEED = 2**32 - 1
@@ -44,6 +45,7 @@ class TrainSettings:
         save_every: steps between checkpoints; 0 saves none.
         dataloader_num_workers: processes that load batches; 0 is this one, and enough for packed tokens in memory.
         seed: of the order of the data, of random k and of dropout.
+        price: training under the price that the model will be served under; see `PriceSettings`.
     """
 
     steps: int = 400
@@ -68,6 +70,7 @@ class TrainSettings:
     save_every: int = 100
     dataloader_num_workers: int = 0
     seed: int = 0
+    price: PriceSettings = field(default_factory=PriceSettings)
 
     @property
     def micro_batch_size(self) -> int:
@@ -111,6 +114,7 @@ class TrainSettings:
                 raise UnknownNameError.of(name, str(getattr(self, name)), options, where=f"{where}.{name}")
         self._check_multiples(where)
         self._check_balance(where)
+        self.price.check(f"{where}.price", self.micro_batch_size)
 
     def _check_multiples(self, where: str) -> None:
         if self.stop_when_converged and not self.eval_every:

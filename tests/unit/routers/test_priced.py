@@ -322,6 +322,25 @@ def test_groups_are_routed_as_if_decoded_position_by_position(drop: str) -> None
         assert torch.equal(whole.weights[rows], step.weights)
 
 
+def test_a_large_batch_is_routed_as_several_of_the_served_size() -> None:
+    parts, rows, length = 3, 4, 5
+    router = _router(3, price=0.05, pair_cost=COSTS, open_cost=[2.0] * E, group_by_position=True)
+    x, mask = torch.randn(parts * rows, length, D), torch.rand(parts * rows, length) < 0.8
+    one = router(x.view(-1, D), RoutingContext(parts * rows, length, mask.view(-1)))
+    router.group_rows = rows
+    several = router(x.view(-1, D), RoutingContext(parts * rows, length, mask.view(-1)))
+    assert not torch.equal(one.expert_index, several.expert_index)
+    index = several.expert_index.view(parts * rows, length, -1)
+    for part in range(parts):  # each served batch takes one sequence of every `parts` in a row
+        own = x[part::parts].reshape(-1, D)
+        alone = router(own, RoutingContext(rows, length, mask[part::parts].reshape(-1)))
+        assert torch.equal(index[part::parts].flatten(0, 1), alone.expert_index)
+    odd = RoutingContext(parts * rows - 1, length, mask[1:].reshape(-1))
+    whole = router(x[1:].reshape(-1, D), odd).expert_index
+    router.group_rows = None
+    assert torch.equal(whole, router(x[1:].reshape(-1, D), odd).expert_index), "no multiple: one group"
+
+
 def test_prefill_ignores_opening_costs_unless_grouped() -> None:
     x = torch.randn(20, D)
     router = _router(3, price=0.05, open_cost=[50.0] * E)
