@@ -2,6 +2,8 @@
 
 python benchmarks/convergence.py --arms dense,mixtral,switch --data DATA --out runs/convergence --device cuda:0
 (DATA comes from prepare_tokens.py.) Each arm gets a run folder of its own; a finished one is passed over.
+--from MODEL goes on with a model that --save kept, with a new optimizer: recovery, for example under the price of
+--price-frac 0.5 (`thermoe.training.under_price`), and its control without one.
 
 Precision, the same for every MoE arm: autocast to bfloat16; expert weights in bfloat16 with float32 masters in the
 optimizer, because `grouped_mm` takes no part in autocast and float32 experts would wait for the host in every layer;
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from thermoe.convergence import judge_convergence
 from thermoe.models.frame import block_of, build_frame, copy_frame_weights, native_aux_loss, native_routers
@@ -31,6 +34,7 @@ from thermoe.results import RunFolder
 from thermoe.runtime import environment_fingerprint
 from thermoe.telemetry import EnergyMeter
 from thermoe.training.language_loss import causal_lm_loss
+from thermoe.training.under_price import PriceSettings, UnderPrice
 
 #: name: (block, router, its options, balance), each loss with its usual coefficient and the z-loss beside it.
 ARMS: dict[str, tuple[str, str, dict, dict[str, float]]] = {
@@ -170,7 +174,9 @@ class Arm:
             "sequence_length": args.seq,
         }
         self.model = build_frame(block, **sizes, router=router, router_options=options, seed=args.seed)
-        if block != "moe":  # every arm starts from the weights of the same `moe` frame, as far as it has them
+        if args.model is not None:
+            self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.model).state_dict())
+        elif block != "moe":  # every arm starts from the weights of the same `moe` frame, as far as it has them
             copy_frame_weights(build_frame("moe", **sizes, seed=args.seed), self.model)
         self.top_k = sizes["top_k"]
         self.balance = balance
@@ -182,22 +188,27 @@ class Arm:
             for layer in self.model.transformer.h:
                 layer.mlp.experts.to(torch.bfloat16)
                 layer.mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
-        self.routers = [module.router for _, module in routed_modules(self.model)]
         self.optimizer = MasterAdamW(self.model, args.lr, fused=self.device.type == "cuda")
         self.native = block_of(self.model) == "mixtral"
         if args.compile:
             self.model.compile()
+
+    @property
+    def routers(self) -> list[nn.Module]:
+        """The routers of the model as they are now."""
+        return [module.router for _, module in routed_modules(self.model)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the precision of a forward."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     def lr_at(self, step: int, steps: int) -> float:
-        """Warm up over 2 % of the run, then follow a cosine down to a tenth."""
+        """Warm up over 2 % of the run, then follow a cosine down to `final_lr`."""
         warm = max(1, steps // 50)
         if step < warm:
             return self.args.lr * (step + 1) / warm
-        return self.args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+        cosine = (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+        return self.args.lr * (self.args.final_lr + (1 - self.args.final_lr) * cosine)
 
     def train_step(self, step: int, steps: int) -> tuple[Tensor, Tensor]:
         """Train on one batch; returns loss and gradient norm on the device."""
@@ -267,7 +278,15 @@ def run_arm(name: str, args: argparse.Namespace, data: Data) -> None:
     trained_s, trained_tokens, energies, provenance, reason = 0.0, 0, [], None, None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with EnergyMeter(devices=args.device if device.type == "cuda" else None) as meter:
+    price = PriceSettings(
+        distinct_frac=args.price_frac, served_batch=args.served_batch,
+        start_frac=args.price_start, steps_frac=args.price_steps,
+    )  # fmt: skip
+    price.check("--price", args.batch)
+    with (
+        EnergyMeter(devices=args.device if device.type == "cuda" else None) as meter,
+        UnderPrice(arm.model, price, data.train, steps, args.seed) as under_price,
+    ):
         if not args.throughput_only:
             log_eval(run, arm, data, 0, per_step)
         for start, end in segments(steps, args.evals, args.throughput_only):
@@ -275,10 +294,14 @@ def run_arm(name: str, args: argparse.Namespace, data: Data) -> None:
             with meter.window(f"{name}/{start}", tokens=tokens) as window:
                 sums, since = torch.zeros((), device=device), start
                 for step in range(start, end):
+                    with arm.autocast():
+                        under_price.before_step(step)
                     loss, norm = arm.train_step(step, steps)
+                    under_price.after_step()
                     sums += loss
                     if (step + 1) % args.log_every == 0 or step + 1 == end:
-                        log_step(run, arm, step + 1, steps, float(sums) / (step + 1 - since), float(norm), per_step)
+                        log_step(run, arm, step + 1, steps, float(sums) / (step + 1 - since), float(norm), per_step,
+                                 under_price.figures())  # fmt: skip
                         sums.zero_()
                         since = step + 1
                 spent = synchronize(device) - begun
@@ -308,11 +331,14 @@ def run_arm(name: str, args: argparse.Namespace, data: Data) -> None:
     print(f"{name}: {json.dumps(summary)}")
 
 
-def log_step(run: RunFolder, arm: Arm, step: int, steps: int, loss: float, norm: float, per_step: int) -> None:
+def log_step(
+    run: RunFolder, arm: Arm, step: int, steps: int, loss: float, norm: float, per_step: int, price: dict
+) -> None:
     """Write a row; stop at a loss that is not finite."""
     layers = load_stats(loads_of(arm.model), with_load=step % (4 * arm.args.log_every) == 0)
     lr = arm.lr_at(step - 1, steps)
-    run.append("train", step=step, tokens=step * per_step, loss=loss, grad_norm=norm, lr=lr, layers=layers)
+    run.append("train", step=step, tokens=step * per_step, loss=loss, grad_norm=norm, lr=lr, layers=layers,
+               **price)  # fmt: skip
     if not math.isfinite(loss):
         raise SystemExit(f"the loss is {loss} at step {step}; the rows so far are in {run.path}")
 
@@ -348,6 +374,12 @@ def main() -> None:
     parser.add_argument("--evals", type=int, default=20)
     parser.add_argument("--eval-rows", type=int, default=1024, help="most rows of each validation split")
     parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--from", dest="model", type=Path, help="a saved model of the arm to go on with")
+    parser.add_argument("--final-lr", type=float, default=0.1, help="share of the learning rate at the end")
+    parser.add_argument("--price-frac", type=float, default=1.0, help="share of the distinct experts; 1: no price")
+    parser.add_argument("--price-start", type=float, default=0.0, help="share of the steps before the price")
+    parser.add_argument("--price-steps", type=float, default=1.0, help="share of these steps that are under it")
+    parser.add_argument("--served-batch", type=int, default=16, help="sequences decoded together")
     parser.add_argument("--save", action="store_true", help="keep the trained model in OUT/ARM/model")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a model of seconds, to try the script")

@@ -12,6 +12,9 @@ stream: novels -> Python -> Shakespeare -> WikiText -> other novels, and the sam
 joules: decoding of each policy (CUDA graphs), scoring, scoring + learning, each between two ticks of the counter, in
     two passes of opposite order; joules per token = decoding + learning at the cadence of the stream.
 
+With --against NAME=FOLDER a stream is compared with other models too, read frozen with all their experts: the model
+before it was trained under a price, or one trained as long without.
+
 Options of the adapter are given as --adapt NAME=VALUE ..., those of the rival as --all-lr and --all-anchor.
 """
 
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from energy_router import install, measured
+from energy_router import measured
 from shifting_text import (
     ORDERS,
     SEGMENTS,
@@ -37,78 +40,22 @@ from shifting_text import (
     chosen_experts,
     in_order,
     reader_of,
-    scored,
 )
 from static_decode import StaticDecoder
+from stream_policies import SHARES, find_prices, served_j, set_policy
 from stream_scores import WINDOW, Scores, nats, paired, perplexity_of, running, signed, targets, verdicts, worst_windows
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from thermoe.adapt.agreement import routing_agreement
-from thermoe.adapt.sensitivity import measure_sensitivity
-from thermoe.compare.decode_cost import DecodeCost, choices_of
-from thermoe.energy.cost_model import CostModel
 from thermoe.moe.layer import routed_modules
 from thermoe.results import RunFolder, weakest_provenance
 from thermoe.runtime import environment_fingerprint
+from thermoe.sensitivity import measure_sensitivity
 from thermoe.telemetry import EnergyMeter
 
+STREAM_ROWS = ("batch", "segment", "running", "target", "against")
 LEARNERS = ("frozen", "adapted", "all_weights")
-#: Policies with a price, and the share of top-k's distinct experts, or of a layer's, that it is set for.
-SHARES = {"half": 0.5, "quarter": 0.25, "quarter-of-layer": 0.25}
-
-
-def set_policy(model: nn.Module, args: argparse.Namespace, policy: str, *, grouped: bool) -> None:
-    """Give the model a policy by name."""
-    kind, price = {"all": ("topk", 0.0), "oea1": ("oea", 1.0)}.get(policy) or ("priced-f4", args.prices[policy])
-    install(model, args, kind, price, grouped=grouped)
-
-
-def distinct_experts(model: nn.Module, rows: Tensor, batch: int) -> float:
-    """Return distinct experts per layer as if ``batch`` rows were decoded together."""
-    with chosen_experts(model) as take:
-        found = []
-        for part in rows[: len(rows) // batch * batch].split(batch):
-            scored(model, part)
-            found.append(take()["distinct_experts"])
-    return sum(found) / len(found)
-
-
-def find_prices(model: nn.Module, args: argparse.Namespace, rows: Tensor) -> None:
-    """Set ``args.prices`` so that the shares of distinct experts are left on ``rows``, by bisection of log price."""
-    install(model, args, "topk", 0.0)
-    args.distinct_all = distinct_experts(model, rows, args.batch)
-    args.prices = {}
-    layer = next(iter(routed_modules(model)))[1].router.num_experts
-    for policy, share in SHARES.items():
-        wanted = share * (layer if policy.endswith("-of-layer") else args.distinct_all)
-        low, high = math.log(1e-4 * args.mean), math.log(1e3 * args.mean)
-        for _ in range(args.bisections):
-            middle = (low + high) / 2
-            install(model, args, "priced-f4", math.exp(middle), grouped=True)
-            many = distinct_experts(model, rows, args.batch) > wanted
-            low, high = (middle, high) if many else (low, middle)
-        args.prices[policy] = math.exp((low + high) / 2)
-        install(model, args, "priced-f4", args.prices[policy], grouped=True)
-        left = distinct_experts(model, rows, args.batch)
-        print(f"{policy}: price {args.prices[policy]:.4g} nats per opened expert leaves {left:.2f} of "
-              f"{args.distinct_all:.2f} distinct experts", flush=True)  # fmt: skip
-
-
-def served_j(model: nn.Module, args: argparse.Namespace, texts: Texts) -> float | None:
-    """Return the modelled joules of decoding a batch under the present policy; ``None`` where batches are scored only.
-
-    It is what the bucket of learning earns a share of.
-    """
-    if args.served == "scoring":
-        return None
-    cost, joules = DecodeCost(model, CostModel.prior(args.gpu)), []
-    with choices_of(model) as take:
-        for rows in texts.calibration.split(args.batch):
-            if len(rows) == args.batch:
-                scored(model, rows)
-                joules.append(cost.decode_j(take()))
-    return sum(joules) / len(joules)
 
 
 def read_stream(
@@ -186,7 +133,7 @@ def run_stream(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
                 frozen = scores[policy, "frozen", ORDERS[0]]
                 difference = running(rows, frozen)
                 for segment in (*dict(SEGMENTS), "all"):
-                    own = [row for row in rows if segment in ("all", row["segment"])]
+                    own = own_of(rows, segment)
                     base = scores["all", "frozen", ORDERS[0]]
                     run.append(
                         "segment", policy=policy, learner=learner, order=order, segment=segment, nll=nats(own),
@@ -204,9 +151,31 @@ def run_stream(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts
                 print(f"{policy} {learner} {order}: {shown}; worst window "
                       f"{signed(worst_windows(difference, WINDOW)['worst_window_nats'])}; {verdicts(rows)}",
                       flush=True)  # fmt: skip
+    for name, folder in args.against:
+        run_against(args, run, texts, name, folder, scores)
     for text, holds in targets(scores, args.orders):
         run.append("target", text=text, holds=holds)
         print({True: "[met] ", False: "[not met] ", None: "[open] "}[holds] + text)
+
+
+def run_against(args: argparse.Namespace, run: RunFolder, texts: Texts, name: str, folder: str, scores: Scores) -> None:
+    """Read another model frozen, with all experts, and write how everything else on the stream differs from it."""
+    other = load_model(args, folder)
+    base = list(read_stream(other, args, texts.reported, "frozen", {}, {}, None))
+    for row in base:
+        run.append("batch", policy=name, learner="frozen", order=ORDERS[0], **row)
+    for (policy, learner, order), rows in scores.items():
+        for segment in (*dict(SEGMENTS), "all"):
+            found = {"difference": paired(rows, base, segment), "ppl": perplexity_of(nats(own_of(base, segment)))}
+            run.append("against", other=name, policy=policy, learner=learner, order=order, segment=segment, **found)
+            mean, low, high = found["difference"]
+            print(f"{policy} {learner} {order}, {segment}, against {name}, all experts frozen: {mean:+.4f} "
+                  f"({low:+.4f} to {high:+.4f})", flush=True)  # fmt: skip
+
+
+def own_of(rows: list[dict[str, Any]], segment: str) -> list[dict[str, Any]]:
+    """Return the rows of a segment, or all."""
+    return [row for row in rows if segment in ("all", row["segment"])]
 
 
 def run_joules(args: argparse.Namespace, run: RunFolder, model: nn.Module, texts: Texts) -> None:
@@ -313,6 +282,14 @@ def option(text: str) -> tuple[str, Any]:
     return name, _value(value)
 
 
+def named(text: str) -> tuple[str, str]:
+    """Return (name, folder) of NAME=FOLDER."""
+    name, found, folder = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, folder
+
+
 def _value(text: str) -> Any:
     """Return a list of [A,B], a number, true, false, null, or the text as it is."""
     if text.startswith("["):
@@ -321,6 +298,11 @@ def _value(text: str) -> Any:
         return json.loads({"none": "null", "None": "null"}.get(text, text))
     except ValueError:
         return text
+
+
+def load_model(args: argparse.Namespace, folder: Path | str) -> nn.Module:
+    """Load a model that scores and decodes."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval().to(args.device, getattr(torch, args.dtype))
 
 
 def main() -> None:
@@ -346,6 +328,7 @@ def main() -> None:
     parser.add_argument("--adapt", nargs="+", type=option, default=[], metavar="NAME=VALUE")
     parser.add_argument("--served", choices=("decode", "scoring"), default="decode",
                         help="what the bucket earns a share of: decoding the batches, or scoring them")  # fmt: skip
+    parser.add_argument("--against", nargs="+", type=named, default=[], metavar="NAME=FOLDER")
     parser.add_argument("--every", type=int, default=1, help="batches from one turn of learning to the next")
     parser.add_argument("--all-lr", type=float, default=1e-5, help="of the rival that learns all weights")
     parser.add_argument("--all-anchor", type=float, default=1.0)
@@ -371,22 +354,27 @@ def main() -> None:
     torch.manual_seed(0)
     args.gpu = torch.cuda.get_device_name(args.device) if on_gpu else None
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval().to(args.device, getattr(torch, args.dtype))
+    model = load_model(args, args.model)
     texts = Texts(args.data, batch=args.batch, length=args.seq, reported=args.batches, chosen_on=args.grid_batches,
                   calibration=args.calibration_rows, device=args.device)  # fmt: skip
     run = RunFolder.create(args.out, resume=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     sensitivity = measure_sensitivity(model, texts.calibration, batch_size=8)
     args.sensitivity = {name: values.tolist() for name, values in sensitivity.items()}
     args.mean = float(torch.stack(list(sensitivity.values())).mean())
     args.top_k = next(iter(routed_modules(model)))[1].router.top_k
     find_prices(model, args, texts.calibration)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    settings = {k: v for k, v in settings.items() if k not in ("sensitivity", "prices", "distinct_all", "mean")}
     run.write_manifest(
         command="test_time_training", settings=settings, gpu=args.gpu, environment=environment_fingerprint(),
         text_rows=texts.sizes, mean_sensitivity=args.mean, prices=args.prices, distinct_all=args.distinct_all,
     )  # fmt: skip
     for part in args.part:
-        kinds = {"grid": ("grid",), "stream": ("batch", "segment", "running", "target"), "joules": ("energy", "total")}
+        kinds = {
+            "grid": ("grid",),
+            "stream": STREAM_ROWS,
+            "joules": ("energy", "total"),
+        }
         run.drop_rows(lambda row, stale=kinds[part]: row["kind"] in stale)
         {"grid": run_grid, "stream": run_stream, "joules": run_joules}[part](args, run, model, texts)
     run.write_manifest(finished=True)
