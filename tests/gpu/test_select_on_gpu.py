@@ -62,6 +62,19 @@ def test_differences_are_near_ties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
+def test_a_large_batch_is_routed_as_several_of_the_served_size() -> None:
+    router = _router(price=0.05, group_by_position=True)
+    x = torch.randn(64, 8, 256, device="cuda")
+    one = router(x.flatten(0, 1), RoutingContext(64, 8)).expert_index
+    router.group_rows = 16
+    several = router(x.flatten(0, 1), RoutingContext(64, 8)).expert_index.view(64, 8, -1)
+    assert not torch.equal(one.view(64, 8, -1), several)
+    for part in range(4):
+        alone = router(x[part::4].flatten(0, 1), RoutingContext(16, 8)).expert_index
+        assert torch.equal(several[part::4].flatten(0, 1), alone)
+
+
+@torch.no_grad()
 def test_it_never_waits_and_price_zero_is_the_baseline() -> None:
     router, x = _router(), torch.randn(16, 256, device="cuda")
     baseline = TopKRouter(256, 32, 4).eval().cuda()
