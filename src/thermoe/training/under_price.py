@@ -263,7 +263,8 @@ class UnderPrice:
         groups = batch if batch % rows else rows  # as `PricedRouter.group_rows` has it
         groups_GK = decision.expert_index.view(groups, -1, decision.expert_index.shape[-1]).transpose(0, 1).flatten(1)
         seen = torch.zeros(len(groups_GK), decision.num_experts + 1, device=groups_GK.device)
-        self._opened.append(seen.scatter_(1, groups_GK, 1.0)[:, :-1].sum(1).mean())
+        opened = seen.scatter_(1, groups_GK, 1.0)[:, :-1].sum(1).mean()
+        self._opened.append(opened.to(self._state.device))  # layers may be spread over devices
 
     # -- what is measured now and then --------------------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ class UnderPrice:
         found = measure_sensitivity(self.model, rows, batch_size=size)
         self._state[1] = self.settings.distinct_frac * self._opened_at(rows, 0.0)
         if not bool(self._state[0].isfinite()):
-            target, mean = float(self._state[1]), float(torch.stack(list(found.values())).mean())
+            target, mean = float(self._state[1]), max(float(torch.cat(list(found.values())).mean()), 1e-12)
             low, high = math.log(1e-4 * mean), math.log(1e3 * mean)
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
