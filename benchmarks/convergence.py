@@ -279,8 +279,7 @@ def run_arm(name: str, args: argparse.Namespace, data: Data) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     price = PriceSettings(
-        distinct_frac=args.price_frac, served_batch=args.served_batch,
-        start_frac=args.price_start, steps_frac=args.price_steps,
+        distinct_frac=args.price_frac, served_batch=args.served_batch, start_frac=args.price_start
     )  # fmt: skip
     price.check("--price", args.batch)
     with (
@@ -378,7 +377,6 @@ def main() -> None:
     parser.add_argument("--final-lr", type=float, default=0.1, help="share of the learning rate at the end")
     parser.add_argument("--price-frac", type=float, default=1.0, help="share of the distinct experts; 1: no price")
     parser.add_argument("--price-start", type=float, default=0.0, help="share of the steps before the price")
-    parser.add_argument("--price-steps", type=float, default=1.0, help="share of these steps that are under it")
     parser.add_argument("--served-batch", type=int, default=16, help="sequences decoded together")
     parser.add_argument("--save", action="store_true", help="keep the trained model in OUT/ARM/model")
     parser.add_argument("--compile", action="store_true")

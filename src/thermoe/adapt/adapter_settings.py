@@ -78,13 +78,7 @@ def cost_model_of(given: Any) -> CostModel:
     Raises:
         ConfigError: these are none.
     """
-    if given is not None and not isinstance(given, CostModel):
-        raise ConfigError(
-            f"the cost model is {given!r}",
-            where="adapt.cost_model",
-            accepted="a CostModel, or None for the prior",
-            fix="use CostModel.prior(), or leave it out",
-        )
+    _check_kind(given, CostModel, "cost_model", "None for the prior", "use CostModel.prior(), or leave it out")
     return given or CostModel.prior()
 
 
@@ -94,15 +88,16 @@ def guards_of(given: Any, anchor: float | None) -> Safeguards:
     Raises:
         ConfigError: these are none.
     """
-    if given is not None and not isinstance(given, Safeguards):
-        raise ConfigError(
-            f"the safeguards are {given!r}",
-            where="adapt.safeguards",
-            accepted="a Safeguards, or None for all",
-            fix="use Safeguards(kl_cap=0.3, judge=True)",
-        )
+    _check_kind(given, Safeguards, "safeguards", "None for all", "use Safeguards(kl_cap=0.3, judge=True)")
     guards = given or Safeguards()
     return guards if anchor is None else replace(guards, anchor=anchor)
+
+
+def _check_kind(given: Any, kind: type, name: str, none: str, fix: str) -> None:
+    if given is not None and not isinstance(given, kind):
+        raise ConfigError(
+            f"{name} is {given!r}", where=f"adapt.{name}", accepted=f"a {kind.__name__}, or {none}", fix=fix
+        )
 
 
 def check_percentiles(given: Any) -> None:

@@ -51,7 +51,7 @@ class PriceSettings:
         distinct_frac: share of the distinct experts that a served batch is to open, of those it opens without a price;
             1 trains without a price.
         served_batch: sequences that will be decoded together; the micro-batch is a multiple of it.
-        start_frac: share of the steps before the price begins: experts that are closed too early specialise less.
+        start_frac: share of the steps before the price begins.
         steps_frac: share of the later steps that are made under the price; the others are made without one.
     """
 
@@ -68,27 +68,16 @@ class PriceSettings:
     def check(self, where: str, micro_batch_size: int) -> None:
         """Raise a ConfigError for a value outside its range."""
         within(f"{where}.served_batch", self.served_batch, 1)
-        if not 0 < self.distinct_frac <= 1:
-            raise ConfigError(
-                f"distinct_frac is {self.distinct_frac}",
-                where=f"{where}.distinct_frac",
-                accepted="a number above 0, up to 1",
-                fix="use 0.5 for half of the distinct experts, or 1 for training without a price",
-            )
-        if not 0 <= self.start_frac < 1:
-            raise ConfigError(
-                f"start_frac is {self.start_frac}",
-                where=f"{where}.start_frac",
-                accepted="a number of at least 0 and below 1",
-                fix="use 0.67 to begin after two thirds",
-            )
-        if not 0 < self.steps_frac <= 1:
-            raise ConfigError(
-                f"steps_frac is {self.steps_frac}",
-                where=f"{where}.steps_frac",
-                accepted="a number above 0, up to 1",
-                fix="use 1, or distinct_frac=1 to train without a price",
-            )
+        up_to_1, below_1 = "a number above 0, up to 1", "a number of at least 0 and below 1"
+        for name, good, accepted, fix in (
+            ("distinct_frac", 0 < self.distinct_frac <= 1, up_to_1, "use 0.5 for half of the distinct experts"),
+            ("start_frac", 0 <= self.start_frac < 1, below_1, "use 0.67 to begin after two thirds"),
+            ("steps_frac", 0 < self.steps_frac <= 1, up_to_1, "use 1, or distinct_frac=1 to train without a price"),
+        ):
+            if not good:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}", where=f"{where}.{name}", accepted=accepted, fix=fix
+                )
         if self.on and micro_batch_size % self.served_batch:
             raise ConfigError(
                 f"a micro-batch of {micro_batch_size} sequences is no multiple of served_batch {self.served_batch}",
@@ -221,7 +210,7 @@ class UnderPrice:
         return {"price_nats": math.exp(log_price), "distinct_under_price": opened} if math.isfinite(opened) else {}
 
     def held_out(self, score: Callable[[], float]) -> dict[str, float]:
-        """Score held-out text as the model will be served; empty where no step was made under a price.
+        """Score held-out text as the model will be served; empty where no price was ever searched.
 
         Args:
             score: forwards held-out text and returns its perplexity.

@@ -177,7 +177,8 @@ def _distinct(model: nn.Module, rows: Tensor, batch: int) -> float:
         model(part)
         for _, layer in routed_modules(model):
             index = layer.last_routing.expert_index.view(*part.shape, -1)
-            found += [len(index[:, at].unique()) for at in range(part.shape[1])]
+            used = [index[:, at].unique() for at in range(part.shape[1])]
+            found += [int((ids < layer.router.num_experts).sum()) for ids in used]  # beyond: no expert
     return sum(found) / len(found)
 
 
